@@ -1,0 +1,29 @@
+"""compress: post-training compression for large language models. The API is lazy: importing it imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import CompressError
+
+if TYPE_CHECKING:
+    from compress.evaluation import evaluate
+    from compress.fit import Report, quantize
+    from compress.loading import load, register
+
+__all__ = ["CompressError", "Report", "evaluate", "load", "quantize", "register"]
+_WHERE = {
+    "quantize": "compress.fit",
+    "Report": "compress.fit",
+    "load": "compress.loading",
+    "register": "compress.loading",
+    "evaluate": "compress.evaluation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        import importlib
+
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'compress' has no attribute {name!r}")

@@ -1,0 +1,153 @@
+"""What an artifact is (`describe`), and whether it is whole and right (`verify`, `verify_deep`)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress import registry
+from compress.checkpoint import dtypes, manifest, source
+from compress.checkpoint.reader import CheckpointReader, read_json
+from compress.errors import CompressError
+from compress.formats import int_grouped
+from compress.formats._where import loads
+from compress.models.skeleton import CheckpointView, Skeleton, load_config
+from compress.types import Packed
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """The facts that `compress inspect` prints."""
+
+    name: str
+    method: str
+    format: str
+    config: dict[str, Any]
+    linears: int
+    bits_linears: float  # bits per weight of the compressed linears
+    bits_model: float  # of the whole model, embeddings and norms included
+    bytes: int
+    source_bytes: int | None
+    parameters: int
+    worst: list[tuple[str, float]]
+    mean_error: float
+    where: list[tuple[str, str]]
+    search: list[dict[str, Any]]
+    report: dict[str, Any] | None
+
+
+def describe(folder: Path) -> Description:
+    """Read an artifact's manifest and headers."""
+    known = manifest.read(folder)
+    reader = CheckpointReader(folder)
+    linears: dict[str, dict[str, Any]] = known["linears"]
+    weights = {n: e["shape"][0] * e["shape"][1] for n, e in linears.items()}
+    compressed = sum(weights.values())
+    stored = sum(e.nbytes for e in reader.entries.values())
+    dense = sum(math.prod(e.shape) for n, e in reader.entries.items() if n.rsplit(".", 1)[0] not in linears)
+    dense += sum(math.prod(reader.shape(f"{n}.bias")) for n in linears if f"{n}.bias" in reader)
+    errors = sorted(((n, e["error"]) for n, e in linears.items()), key=lambda t: -t[1])
+    report = folder / "report.json"
+    return Description(
+        known["source"]["name"], known["method"], known["format"], known["config"], len(linears),
+        sum(e["bits"] * weights[n] for n, e in linears.items()) / compressed, 8 * stored / (compressed + dense), stored,
+        known["source"].get("weight_bytes"), compressed + dense, errors[:5], sum(e for _, e in errors) / len(errors),
+        loads(read_json(folder / "config.json")), known["search"], read_json(report) if report.exists() else None,
+    )  # fmt: skip
+
+
+def verify(folder: Path) -> list[str]:
+    """Problems of an artifact: files against the manifest, tensors against their format and the model, finite values."""
+    known = manifest.read(folder)
+    problems = manifest.check_files(folder, known)
+    if problems:
+        return problems
+    reader = CheckpointReader(folder)
+    expected: dict[str, tuple[str | None, tuple[int, ...]]] = {n: (None, reader.shape(n)) for n in known["extra"] if n in reader}
+    skeleton = _skeleton(folder)
+    for name, shape in skeleton.parameters().items():
+        entry = known["linears"].get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if entry is None or entry["kind"] == "dense":
+            expected[name] = (None, shape)
+        else:
+            spec = registry.by_kind(entry["kind"]).spec(entry["params"], tuple(entry["shape"]), _scale_dtype(reader, name))
+            expected |= {f"{name.removesuffix('.weight')}.{suffix}": want for suffix, want in spec.items()}
+    derived = {n for n, _ in skeleton.model.named_buffers()}
+    problems += [f"{n}: missing" for n in sorted(expected.keys() - set(reader.names) - derived)]
+    problems += [f"{n}: unexpected tensor" for n in sorted(set(reader.names) - expected.keys())]
+    for name in reader.names:
+        if name not in expected:
+            continue
+        dtype, want = expected[name]
+        if reader.shape(name) != want or dtype not in (None, reader.dtype(name)):
+            problems.append(f"{name}: {reader.dtype(name)} {reader.shape(name)}, its format asks for {dtype or 'any dtype'} {want}")
+        elif reader.dtype(name) in dtypes.FLOATS and not all(bool(torch.isfinite(p).all()) for p in reader.chunks(name)):
+            problems.append(f"{name}: holds NaN or Inf")
+    return problems
+
+
+def _scale_dtype(reader: CheckpointReader, weight: str) -> str:
+    name = weight.removesuffix("weight") + "weight_scale"
+    return reader.dtype(name) if name in reader else "F16"
+
+
+def _skeleton(folder: Path) -> Skeleton:
+    """The dense model's skeleton of an artifact."""
+    return Skeleton(load_config(folder, compressed=True))
+
+
+def unpack(reader: CheckpointReader, name: str, entry: dict[str, Any]) -> torch.Tensor:
+    """The dense weight (O, I) of one linear of an artifact, fp32."""
+    module = registry.by_kind(entry["kind"])
+    shape = (int(entry["shape"][0]), int(entry["shape"][1]))
+    if entry["kind"] == "dense":
+        W = reader.read(f"{name}.weight").float()
+        return W if tuple(W.shape) == shape else W.T.contiguous()
+    suffixes = module.spec(entry["params"], shape, "F16")
+    packed = Packed(entry["kind"], entry["version"], entry["params"], {s: reader.read(f"{name}.{s}") for s in suffixes}, shape)
+    dense: torch.Tensor = (int_grouped if entry["kind"] == "int_grouped" else module).dequantize(packed)
+    return dense
+
+
+def verify_deep(folder: Path, model: str | Path) -> list[str]:
+    """Problems found by dequantizing every linear and comparing it with the source checkpoint.
+
+    Methods that move scales between operators change W to diag(1/r) W diag(c): r and c are fitted first. The relative error that
+    remains must not exceed what the manifest recorded.
+    """
+    known = manifest.read(folder)
+    origin = source.resolve(model)
+    reader = CheckpointReader(folder)
+    view = CheckpointView(CheckpointReader(origin), Skeleton(load_config(origin)))
+    for name, digest in source.hashes(origin, view.reader.files()).items():
+        if known["source"]["files"].get(name) != digest:
+            raise CompressError(f"{origin / name}: not the file that this artifact was made from", hint="give the very same checkpoint")
+    scaled = {n for row in known["search"] for n in _scaled(row)}
+    problems = []
+    for name, entry in known["linears"].items():
+        W = view.read(f"{name}.weight").float()
+        W = W if list(W.shape) == entry["shape"] else W.T.contiguous()
+        W_hat = unpack(reader, name, entry)
+        error = _distance(W_hat, W, fit=any(name.endswith(f".{row}") for row in scaled))
+        if not error <= entry["error"] * 1.02 + 1e-4 + (2e-3 if entry["kind"] == "dense" else 0):
+            problems.append(f"{name}: {error:.4g} from the source, the manifest says {entry['error']:.4g}")
+    return problems
+
+
+def _scaled(row: dict[str, Any]) -> set[str]:
+    """Relative names of the linears that a block's search rescaled."""
+    return {n for m in row.get("scales", []) for n in (m["producer"], *m["consumers"])}
+
+
+def _distance(W_hat: torch.Tensor, W: torch.Tensor, fit: bool) -> float:
+    """|W_hat - W| / |W|, after fitting row and column scales of W to W_hat where asked."""
+    if fit:
+        for _ in range(6):
+            for dim in (0, 1):
+                scale = (W_hat * W).sum(dim, keepdim=True) / W.square().sum(dim, keepdim=True).clamp(min=1e-30)
+                W = W * scale
+    return float(torch.linalg.vector_norm(W_hat - W) / torch.linalg.vector_norm(W).clamp(min=1e-30))

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints on disk: find, read one tensor at a time, write atomically."""

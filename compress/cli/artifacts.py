@@ -1,0 +1,71 @@
+"""`compress inspect` and `compress verify`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from compress.cli.quantization import size
+from compress.errors import CompressError
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and more log.")]
+
+
+def inspect_artifact(
+    artifact: Annotated[Path, typer.Argument(help="A folder that compress wrote.")], as_json: Json = False, debug: Debug = False
+) -> None:
+    """Say what an artifact is: method, bits, size, worst linears, and where it loads."""
+    from compress.audit import describe
+
+    d = describe(artifact)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(d)))
+        return
+    changed = ", ".join(f"{k}={v}" for k, v in d.config.items())
+    print(f"{artifact}: {d.name}, {d.method}, format {d.format}")
+    print(f"  settings   {changed}")
+    print(f"  linears    {d.linears} at {d.bits_linears:.3f} bits per weight")
+    print(f"  model      {d.parameters / 1e6:.1f}M parameters at {d.bits_model:.3f} bits per weight with embeddings, {size(d.bytes)}")
+    if d.source_bytes:
+        print(f"  original   {size(d.source_bytes)}: {d.source_bytes / d.bytes:.2f}x smaller")
+    print(f"  error      mean {d.mean_error:.4f} (relative, weights); worst:")
+    for name, error in d.worst:
+        print(f"               {error:.4f}  {name}")
+    gains = [m["loss"] / m["rtn_loss"] for row in d.search for m in row.get("scales", []) if m["rtn_loss"] > 0]
+    if gains:
+        print(f"  search     output error {sum(gains) / len(gains):.3f}x of plain rounding, on average over {len(gains)} searches")
+    print("  loads")
+    for who, answer in d.where:
+        print(f"    {who + ':':14s} {answer}")
+    for key, value in (d.report or {}).items():
+        if isinstance(value, (int, float)):
+            print(f"  {key:10s} {value:.4f}")
+
+
+def verify_artifact(
+    artifact: Annotated[Path, typer.Argument(help="A folder that compress wrote.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Dequantize every linear and compare it with the source.")] = False,
+    source: Annotated[Optional[str], typer.Option(help="The source checkpoint, for --deep.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check an artifact: hashes, tensors, finite values; with --deep against the source."""
+    if deep and source is None:
+        raise CompressError("--deep compares with the source checkpoint", hint="add --source MODEL", usage=True)
+    from compress.audit import verify, verify_deep
+
+    problems = verify(artifact)
+    if not problems and deep and source is not None:
+        problems = verify_deep(artifact, source)
+    if as_json:
+        print(json.dumps({"ok": not problems, "problems": problems}))
+    elif not problems:
+        print(f"{artifact}: whole and consistent" + (", and equal to what the source gives" if deep else ""))
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CompressError(f"{artifact}: {problems[0]}{more}", hint="copy the artifact again, or make it again with --restart")

@@ -1,0 +1,274 @@
+"""Arguments become a job, a job becomes an artifact: `quantize` and what it shares with the other verbs."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from compress import calibration, registry
+from compress.checkpoint import manifest, source
+from compress.checkpoint.reader import CheckpointReader
+from compress.checkpoint.writer import MAX_SHARD, CheckpointWriter, plan_shards
+from compress.errors import CompressError, nearest
+from compress.models.skeleton import CheckpointView, Skeleton, load_config
+from compress.pipeline import artifact, layout
+from compress.pipeline.estimate import Estimate, estimate
+from compress.pipeline.forward import Forward, Progress, Walk
+from compress.pipeline.resume import WorkDir, fingerprint
+
+logger = logging.getLogger(__name__)
+TOOL = "llm-compress"
+_BATCH_TOKENS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a finished run made."""
+
+    path: Path
+    linears: int
+    bits_per_weight: float  # of the compressed linears
+    bytes: int  # of the artifact's weight files
+    source_bytes: int
+    mean_error: float
+    seconds: float
+    resumed: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prepared run: everything read from headers, nothing computed yet."""
+
+    folder: Path
+    name: str
+    method_name: str
+    method: ModuleType
+    config: Any
+    skeleton: Skeleton
+    view: CheckpointView
+    layout: layout.Layout
+    device: str
+    dtype: torch.dtype
+    batch_size: int
+    nsamples: int
+    seqlen: int | None
+    max_shard: int
+
+
+def make_config(method: ModuleType, options: dict[str, Any]) -> Any:
+    """The method's Config from keyword options; an unknown one is answered with the nearest."""
+    known = [f.name for f in dataclasses.fields(method.Config)]
+    for key in options:
+        if key not in known:
+            raise CompressError(f"unknown option {key!r}", hint=nearest(key, known), usage=True)
+    return method.Config(**options)
+
+
+def pick_device(device: str) -> str:
+    """`auto` is the first GPU if there is one."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind = device.split(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise CompressError(f"--device {device!r} is unknown", hint="use auto, cpu, cuda or cuda:N", usage=True)
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise CompressError("--device cuda: torch sees no GPU", hint="use --device cpu, or install a CUDA build of torch", usage=True)
+    return device
+
+
+def prepare(
+    model: str | Path, method: str, *, format: str, ignore: tuple[str, ...], device: str, batch_size: int | None,
+    nsamples: int, seqlen: int | None, max_shard: int, trust_remote_code: bool, options: dict[str, Any],
+) -> Job:  # fmt: skip
+    """Check every option against the checkpoint's headers."""
+    module = registry.load("methods", method)
+    config = make_config(module, options)
+    folder = source.resolve(model)
+    hf_config = load_config(folder, trust_remote_code)
+    skeleton = Skeleton(hf_config, trust_remote_code)
+    view = CheckpointView(CheckpointReader(folder), skeleton)
+    plan = layout.make(skeleton, view, config, format, ignore)
+    device = pick_device(device)
+    half = device != "cpu" and all(t.dtype == "BF16" for t in plan.targets.values())
+    length = calibration.pick_seqlen(seqlen, hf_config) if module.CALIBRATED else seqlen
+    if batch_size is not None and batch_size < 1:
+        raise CompressError(f"--batch-size {batch_size} is not a number of windows", hint="use 1 or more", usage=True)
+    batch = batch_size or max(1, _BATCH_TOKENS // (length or _BATCH_TOKENS))
+    return Job(
+        folder, Path(model).name, method.replace("-", "_").lower(), module, config, skeleton, view, plan, device,
+        torch.bfloat16 if half else torch.float32, batch, nsamples, length, max_shard,
+    )  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide an artifact's bytes."""
+    return {TOOL: metadata.version(TOOL), "torch": torch.__version__, "transformers": metadata.version("transformers")}
+
+
+def quantize(
+    model: str | Path,
+    method: str,
+    out: str | Path,
+    *,
+    dataset: str | Path | None = None,
+    nsamples: int = 128,
+    seqlen: int | None = None,
+    seed: int | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    format: str = "pack-quantized",
+    ignore: tuple[str, ...] | list[str] = (),
+    states: str = "auto",
+    work_dir: str | Path | None = None,
+    resume: bool = True,
+    max_shard_size: int = MAX_SHARD,
+    trust_remote_code: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    **config: Any,
+) -> Report:
+    """Quantize a Hugging Face checkpoint into the folder `out` with a method of `compress methods`.
+
+    `config` are the method's options (`bits`, `group_size`, …). An unfinished run of the same job is continued unless
+    `resume=False`; the artifact appears under `out` by one rename, when it is whole.
+    """
+    began = time.monotonic()
+    job = prepare(
+        model, method, format=format, ignore=tuple(ignore), device=device, batch_size=batch_size, nsamples=nsamples, seqlen=seqlen,
+        max_shard=max_shard_size, trust_remote_code=trust_remote_code, options=config,
+    )  # fmt: skip
+    if states not in ("auto", "ram", "disk"):
+        raise CompressError(f"--states {states!r} is unknown", hint="use auto, ram or disk", usage=True)
+    calib = _calibrate(job, dataset, seed, trust_remote_code) if job.method.CALIBRATED else None
+    facts = _facts(job, calib, seed)
+    mark = fingerprint({**facts, "format": format, "batch": job.batch_size, "device": job.device.split(":")[0],
+                        "ignore": list(ignore), "shard": job.max_shard})  # fmt: skip
+    out = Path(out)
+    work_path = Path(work_dir) if work_dir is not None else out.with_name(out.name + ".partial")
+    if _already_done(out, work_path, mark, resume):
+        logger.info("%s is already there, made by the same job (--restart makes it again)", out)
+        return _report(job, out, began, resumed=True)
+    work = WorkDir(work_path, mark, restart=not resume)
+    resumed = work.done > 0
+    try:
+        writer = CheckpointWriter(work.artifact, job.layout.plan, job.max_shard)
+        _check_space(work, writer)
+        on_disk = states == "disk" or (states == "auto" and calib is not None and _states_bytes(job, calib) > 4 << 30)
+        tokens = calib.tokens if calib is not None else None
+        walk = Walk(
+            job.skeleton, job.view, job.layout, job.method, job.config, tokens, job.batch_size, job.device, job.dtype, on_disk, progress
+        )
+        Forward(walk, writer, work).run()
+        writer.finish()
+        artifact.write_companions(job.folder, work.artifact, job.layout, job.config.params(), job.skeleton, job.method_name, job.name)
+        records = {"linears": work.state["linears"], "search": work.state["search"]}
+        artifact.write_manifest(work.artifact, {**facts, "job": mark, "format": format, **records})
+        work.publish(out, keep=work_dir is not None)
+    except BaseException:
+        work.close()
+        raise
+    return _report(job, out, began, resumed)
+
+
+def dry_run(
+    model: str | Path, method: str, *, nsamples: int = 128, seqlen: int | None = None, batch_size: int | None = None,
+    device: str = "auto", format: str = "pack-quantized", ignore: tuple[str, ...] | list[str] = (), states: str = "auto",
+    max_shard_size: int = MAX_SHARD, trust_remote_code: bool = False, **config: Any,
+) -> Estimate:  # fmt: skip
+    """Predict an artifact's size, the peak memory and the time from headers alone; reads no weight."""
+    job = prepare(
+        model, method, format=format, ignore=tuple(ignore), device=device, batch_size=batch_size, nsamples=nsamples, seqlen=seqlen,
+        max_shard=max_shard_size, trust_remote_code=trust_remote_code, options=config,
+    )  # fmt: skip
+    size = sum(s.size for s in plan_shards(job.layout.plan, job.max_shard))
+    tokens = job.nsamples * (job.seqlen or 0) if job.method.CALIBRATED else 0
+    return estimate(job.skeleton, job.view, job.layout, job.method, job.config, size, tokens, job.batch_size, job.seqlen or 0, job.dtype,
+                    states)  # fmt: skip
+
+
+def _calibrate(job: Job, dataset: str | Path | None, seed: int | None, trust_remote_code: bool) -> calibration.Calibration:
+    assert job.seqlen is not None
+    tokenizer = calibration.load_tokenizer(job.folder, trust_remote_code)
+    vocab = job.skeleton.model.get_input_embeddings().num_embeddings
+    return calibration.load(dataset, tokenizer, nsamples=job.nsamples, seqlen=job.seqlen, seed=seed, vocab=vocab)
+
+
+def _facts(job: Job, calib: calibration.Calibration | None, seed: int | None) -> dict[str, Any]:
+    """The manifest's provenance, known before the work starts."""
+    return {
+        "tool": f"{TOOL} {metadata.version(TOOL)}",
+        "source": {
+            "name": job.name,
+            "revision": source.revision(job.folder),
+            "files": source.hashes(job.folder, job.view.reader.files()),
+            "weight_bytes": sum(e.nbytes for e in job.view.reader.entries.values()),
+        },
+        "method": job.method_name,
+        "config": dataclasses.asdict(job.config),
+        "seed": seed,
+        "calibration_sha256": calib.sha256 if calib is not None else None,
+        "versions": versions(),
+        "extra": job.view.extra,
+    }
+
+
+def _already_done(out: Path, work: Path, mark: str, resume: bool) -> bool:
+    if not out.exists():
+        return False
+    if not out.is_dir():
+        raise CompressError(f"{out}: exists and is not a folder", hint="choose another -o")
+    if not any(out.iterdir()):
+        out.rmdir()
+        return False
+    try:
+        known = manifest.read(out)
+    except CompressError as error:
+        raise CompressError(f"{out}: exists and is not an artifact of compress", hint="choose another -o, or remove it") from error
+    if not str(known.get("tool", "")).startswith(TOOL):
+        raise CompressError(f"{out}: exists and was written by another tool", hint="choose another -o, or remove it")
+    if not resume:
+        return False
+    if known.get("job") != mark:
+        raise CompressError(f"{out}: holds the result of another job", hint="--restart replaces it; or choose another -o")
+    problems = manifest.check_files(out, known)
+    if problems:
+        raise CompressError(f"{out}: damaged ({problems[0]})", hint="--restart makes it again")
+    if (work / "lock").exists():  # killed between the rename and the clean-up
+        shutil.rmtree(work, ignore_errors=True)
+    return True
+
+
+def _check_space(work: WorkDir, writer: CheckpointWriter) -> None:
+    """Refuse to start what cannot be finished: hours are cheaper before than after."""
+    need = sum(s.size for s in writer.shards)
+    have = sum(p.stat().st_blocks * 512 for p in work.artifact.iterdir() if p.is_file())
+    free = shutil.disk_usage(work.path).free
+    if need - have > free:
+        raise CompressError(
+            f"{work.path}: the artifact needs {(need - have) / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free",
+            hint="free some space, or choose an -o on another disk",
+        )
+
+
+def _states_bytes(job: Job, calib: calibration.Calibration) -> int:
+    return int(calib.tokens.numel() * job.skeleton.config.hidden_size * job.dtype.itemsize * 3)
+
+
+def _report(job: Job, out: Path, began: float, resumed: bool) -> Report:
+    known = manifest.read(out)
+    linears = known["linears"].values()
+    weights = sum(entry["shape"][0] * entry["shape"][1] for entry in linears)
+    bits = sum(entry["bits"] * entry["shape"][0] * entry["shape"][1] for entry in linears) / weights
+    size = sum(f["bytes"] for name, f in known["files"].items() if name.endswith(".safetensors"))
+    before = sum((job.folder / name).stat().st_size for name in job.view.reader.files())
+    error = sum(entry["error"] for entry in linears) / len(linears)
+    return Report(out, len(linears), bits, size, before, error, time.monotonic() - began, resumed)

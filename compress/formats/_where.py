@@ -1,0 +1,33 @@
+"""Where an artifact loads: one table, used by `inspect` and by the model card. Source: measurements in docs/artifact.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def loads(config: dict[str, Any]) -> list[tuple[str, str]]:
+    """(loader, answer) rows for a `config.json` with or without a `quantization_config`."""
+    quant = config.get("quantization_config")
+    own = ("compress.load", "yes")
+    if quant is None:
+        return [("transformers", "yes, an ordinary dense checkpoint"), ("vLLM", "yes"), own]
+    if quant.get("quant_method") == "awq":
+        return [
+            ("transformers", "with the packages gptqmodel and accelerate"),
+            ("vLLM", "yes: awq (float16) or awq_marlin, by its documentation; not run by us"),
+            own,
+        ]
+    groups = list(quant.get("config_groups", {}).values())
+    guarded = [g["format"] for g in groups if str(g.get("format", "")).startswith("compress-")]
+    if guarded:
+        why = f"no: it refuses {guarded[0]} on purpose"
+        return [("transformers", why), ("vLLM", "no"), ("transformers after compress.register()", "yes"), own]
+    weights = groups[0]["weights"]
+    bits, symmetric = weights["num_bits"], weights["symmetric"]
+    stock = "yes, with compressed-tensors >= 0.19 (weights become dense on the first forward pass)"
+    if not symmetric:
+        stock = 'yes, with compressed-tensors >= 0.19, through "dequantize": true (weights become dense at load)'
+    vllm = "symmetric 2 to 8 bits, asymmetric 4 and 8, by its source; not run by us"
+    if not symmetric and bits not in (4, 8):
+        vllm = f"no: asymmetric {bits} bits"
+    return [("transformers", stock), ("vLLM", vllm), own]

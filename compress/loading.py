@@ -1,0 +1,408 @@
+"""A folder becomes a model: our artifacts, llm-compressor's pack-quantized, AutoAWQ's gemm, ordinary checkpoints.
+
+The model is built on `meta`, its compressed linears are replaced by `CompressedLinear`, and the tensors are read one by
+one into their places. Before the first is read every name, dtype and shape is held to the format's `spec`: nothing is
+initialised at random and nothing is ignored. `register()` does the same inside transformers' own `from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from compress import registry
+from compress.checkpoint import dtypes, manifest, source
+from compress.checkpoint.reader import CheckpointReader, read_json
+from compress.errors import CompressError
+from compress.formats import awq
+from compress.modules import CompressedLinear, linear_shape, place, prepare
+from compress.types import Packed, TensorSpec
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_GUARD = "compress-"
+_INCOMPLETE = "the folder is incomplete: copy it again"
+_UNFIT = "the weights and config.json do not fit: was one of them edited or replaced?"
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | str | None = None,
+    exact: bool | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    task: str | None = None,
+) -> PreTrainedModel:
+    """The causal language model in a folder (or of a hub id), in eval mode; a dense folder gives the ordinary model.
+
+    `device` "auto" is cuda where there is one, else the CPU. `dtype` defaults to the checkpoint's; on a CPU fp16
+    becomes bf16, or fp32 with `exact`, which keeps to kernels equal to the reference. `device_map` ("auto" or a
+    dictionary) spreads the model over devices with accelerate, in place of `device`. Never runs code from the folder.
+    """
+    if task is not None:
+        raise CompressError(f"{path}: not a bundle, so it has no task {task!r}", hint="leave the task out", usage=True)
+    register()
+    folder = source.resolve(path)
+    settings = read_json(folder / "config.json").get("quantization_config")
+    reader = CheckpointReader(folder)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with _transformers_errors(folder):
+        config = _config(folder)
+        chosen = _dtype(dtype, config, torch.device(device), bool(exact))
+        if settings is None:
+            return _load_dense(folder, chosen, device_map or {"": device})
+        model = _empty(config, chosen)
+    _load_compressed(model, reader, settings, torch.device("cpu" if device_map else device))
+    if device_map is not None:
+        model = _dispatch(model, device_map)
+    prepare(model, bool(exact))
+    return _finish(model, folder, settings)
+
+
+@contextmanager
+def _transformers_errors(folder: Path) -> Iterator[None]:
+    """An unknown architecture, a missing file or remote code: transformers' message, without the traceback."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        raise CompressError(f"{folder}: transformers cannot load it: {why[0]}", hint="check config.json") from error
+
+
+def _config(folder: Path) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    return config
+
+
+def _dtype(wanted: torch.dtype | str | None, config: Any, device: torch.device, exact: bool) -> torch.dtype:
+    """The dtype of activations and dense weights; torch's fp16 matrix products are slow on most CPUs."""
+    if wanted is not None:
+        found = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise CompressError(f"unknown dtype {wanted!r}", hint="use float32, bfloat16 or float16", usage=True)
+        return found
+    own: torch.dtype = config.dtype or torch.float32
+    if own == torch.float16 and device.type == "cpu":
+        return torch.float32 if exact else torch.bfloat16
+    return own
+
+
+def _empty(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on meta, with real buffers (rotary frequencies are in no checkpoint)."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+
+
+def _load_dense(folder: Path, dtype: torch.dtype, device_map: Any) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map, **options)
+    if info["missing_keys"]:
+        raise CompressError(f"{folder}: tensor {min(info['missing_keys'])} is missing", hint=_INCOMPLETE)
+    return model.eval()
+
+
+def _dispatch(model: PreTrainedModel, device_map: str | Mapping[str, Any]) -> PreTrainedModel:
+    """Spread a model that is on the CPU; the weights of compressed linears are buffers, so those are offloaded too."""
+    from accelerate import dispatch_model, infer_auto_device_map
+
+    if device_map == "auto":
+        whole = list(model._no_split_modules or ())
+        device_map = infer_auto_device_map(model, no_split_module_classes=whole, offload_buffers=True)
+    places = {"": device_map} if isinstance(device_map, str) else dict(device_map)
+    try:
+        return dispatch_model(model, device_map=places, offload_buffers=True)
+    except ValueError as error:
+        raise CompressError(f"device_map: {error}", hint='use device_map="auto"') from error
+
+
+def _finish(model: PreTrainedModel, folder: Path, settings: Mapping[str, Any]) -> PreTrainedModel:
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.name_or_path = model.config.name_or_path = str(folder)
+    if settings.get("quant_method") != "awq":  # AWQ linears have become int_grouped
+        model.config.quantization_config = dict(settings)
+    return model.eval()
+
+
+@dataclass(frozen=True, slots=True)
+class _Scheme:
+    """What `quantization_config` says about one group of linears."""
+
+    kind: str
+    params: Mapping[str, Any]
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    """A compressed linear of the artifact, held to its format's spec."""
+
+    scheme: _Scheme
+    shape: tuple[int, int]
+    stored: str  # safetensors dtype of its float tensors
+    suffixes: tuple[str, ...]
+
+
+class _Tensors:
+    """The tensors of a folder under the model's names; they differ where only the trunk was saved (GPT-2's `h.0.…`)."""
+
+    def __init__(self, model: PreTrainedModel, reader: CheckpointReader) -> None:
+        prefix = f"{model.base_model_prefix}."
+        outside = tuple(f"{name}." for name, _ in model.named_children())
+        bare = not any(name.startswith(prefix) for name in reader.names)
+        self._reader = reader
+        self._stored = {prefix + n if bare and not n.startswith(outside) else n: n for n in reader.names}
+        self.names = self._stored.keys()
+
+    def spec(self, name: str) -> TensorSpec:
+        return self._reader.dtype(self._stored[name]), self._reader.shape(self._stored[name])
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._reader.read(self._stored[name])
+
+
+def _schemes(settings: Mapping[str, Any]) -> list[_Scheme]:
+    """The groups of `quantization_config`, of which every one must be something that we can run."""
+    method = settings.get("quant_method")
+    if method == "awq":
+        version, bits = settings.get("version", "gemm"), settings.get("bits", settings.get("w_bit"))
+        if str(version).lower() != "gemm" or bits != 4:
+            raise _unsupported(f"AWQ version {version!r} with {bits} bits")
+        size = settings.get("group_size", settings.get("q_group_size"))
+        return [_Scheme(awq.KIND, {"bits": 4, "group_size": size, "symmetric": False}, ("Linear",))]
+    if method != "compressed-tensors" or not settings.get("config_groups"):
+        raise _unsupported(f"quant_method {method!r}")
+    schemes = []
+    for group in settings["config_groups"].values():
+        form = str(group.get("format") or settings.get("format"))
+        if form != "pack-quantized" and not form.startswith(_GUARD):
+            raise _unsupported(f"format {form!r}")
+        kind = "int_grouped" if form == "pack-quantized" else form.removeprefix(_GUARD)
+        registry.by_kind(kind)  # refuses what we do not know
+        schemes.append(_Scheme(kind, _weights(group), tuple(group.get("targets", ()))))
+    return schemes
+
+
+def _weights(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Our params of a compressed-tensors group: bits, group_size, symmetric."""
+    weights = group.get("weights") or {}
+    strategy, bits = weights.get("strategy"), weights.get("num_bits")
+    if weights.get("type", "int") != "int" or strategy not in ("group", "channel") or bits not in range(2, 9):
+        raise _unsupported(f"{bits}-bit {weights.get('type')} weights with strategy {strategy!r}")
+    if group.get("input_activations") or group.get("output_activations"):
+        raise _unsupported("quantized activations")
+    size = weights.get("group_size") if strategy == "group" else -1
+    return {"bits": bits, "group_size": size, "symmetric": bool(weights.get("symmetric", True))}
+
+
+def _unsupported(what: str) -> CompressError:
+    hint = "load it with transformers' AutoModelForCausalLM, or upgrade llm-compress if that wrote it"
+    return CompressError(f"quantization_config: {what} is not supported here", hint=hint)
+
+
+def _scheme(name: str, module: nn.Module, schemes: list[_Scheme]) -> _Scheme:
+    """The group of a linear, by compressed-tensors' rules: its name, then a regular expression, then its class."""
+    tests: tuple[Callable[[str], bool], ...] = (
+        lambda target: target == name,
+        lambda target: target.startswith("re:") and re.match(target[3:], name) is not None,
+        lambda target: target in {"Linear", *(cls.__name__ for cls in type(module).__mro__)},
+    )
+    for test in tests:
+        for scheme in schemes:
+            if any(map(test, scheme.targets)):
+                return scheme
+    raise CompressError(f"{name}: compressed, but no group of quantization_config covers it", hint=_UNFIT)
+
+
+def _plan(model: PreTrainedModel, tensors: _Tensors, settings: Mapping[str, Any]) -> dict[str, _Linear]:
+    """The compressed linears, each checked: those under whose name tensors lie, but no `weight`."""
+    schemes = _schemes(settings)
+    own: dict[str, set[str]] = {}
+    for name in tensors.names:
+        linear, _, suffix = name.rpartition(".")
+        own.setdefault(linear, set()).add(suffix)
+    plan = {}
+    for name, module in model.named_modules():
+        shape, suffixes = linear_shape(module), own.get(name, set()) - {"bias"}
+        if shape is not None and suffixes and "weight" not in suffixes:
+            found = {suffix: tensors.spec(f"{name}.{suffix}") for suffix in suffixes}
+            plan[name] = _check(name, _scheme(name, module, schemes), shape, found)
+    return plan
+
+
+def _check(name: str, scheme: _Scheme, shape: tuple[int, int], found: Mapping[str, TensorSpec]) -> _Linear:
+    size = scheme.params["group_size"]
+    if not isinstance(size, int) or (size != -1 and (size < 1 or shape[1] % size)):
+        raise CompressError(f"{name}: {shape[1]} inputs are no multiple of group_size {size}", hint=_UNFIT)
+    stored = next((dtype for dtype, _ in found.values() if dtype in dtypes.FLOATS), "F16")
+    wanted = registry.by_kind(scheme.kind).spec(scheme.params, shape, stored)
+    for suffix in sorted(wanted.keys() | found.keys()):
+        if suffix not in found:
+            raise CompressError(f"tensor {name}.{suffix} is missing", hint=_INCOMPLETE)
+        if suffix not in wanted:
+            raise CompressError(f"tensor {name}.{suffix} is unexpected", hint=_UNFIT)
+        if found[suffix] != wanted[suffix]:
+            saw, want = (f"{dtype} {list(size)}" for dtype, size in (found[suffix], wanted[suffix]))
+            raise CompressError(f"tensor {name}.{suffix} is {saw}, wanted {want}", hint=_UNFIT)
+    return _Linear(scheme, shape, stored, tuple(wanted))
+
+
+def _check_manifest(folder: Path) -> set[str]:
+    """Refuse kinds and versions from the future; returns the tensors known to be in excess. Other tools write none."""
+    if not (folder / manifest.FILE).is_file():
+        return set()
+    facts = manifest.read(folder)
+    for name, record in facts["linears"].items():
+        kind, version, known = record["kind"], record["version"], registry.by_kind(record["kind"]).VERSION
+        if version > known:
+            why = f"{name}: {kind} version {version}, this program reads up to {known}"
+            raise CompressError(why, hint="upgrade llm-compress")
+    return set(facts.get("extra", ()))
+
+
+def _replace(
+    model: PreTrainedModel, reader: CheckpointReader, settings: Mapping[str, Any]
+) -> tuple[_Tensors, dict[str, _Linear], dict[str, torch.Tensor]]:
+    """Put a CompressedLinear on meta in every place; returns the tensors, the linears and the dense tensors to read.
+
+    Every name, dtype and shape has been checked when this returns.
+    """
+    excess = _check_manifest(reader.folder)
+    tensors = _Tensors(model, reader)
+    plan = _plan(model, tensors, settings)
+    packed, inner = set(), set()
+    for name, linear in plan.items():
+        kind = "int_grouped" if linear.scheme.kind == awq.KIND else linear.scheme.kind
+        bias = model.get_submodule(name).bias is not None
+        options = {"stored": linear.stored, "dtype": model.dtype, "bias": bias}
+        place(model, name, CompressedLinear(kind, linear.scheme.params, linear.shape, **options))
+        model.all_tied_weights_keys.pop(f"{name}.weight", None)
+        packed |= {f"{name}.{suffix}" for suffix in linear.suffixes}
+        inner |= {f"{name}.{suffix}" for suffix, _ in model.get_submodule(name).named_buffers()}
+    dense = {name: t for name, t in model.state_dict(keep_vars=True).items() if name not in inner}
+    _check_names(model, tensors.names - packed - excess, dense)
+    dense = {name: t for name, t in dense.items() if name in tensors.names}
+    for name, tensor in dense.items():
+        saw, want = list(tensors.spec(name)[1]), list(tensor.shape)
+        if saw != want:
+            raise CompressError(f"tensor {name} is {saw}, wanted {want}", hint=_UNFIT)
+    return tensors, plan, dense
+
+
+def _load_compressed(
+    model: PreTrainedModel, reader: CheckpointReader, settings: Mapping[str, Any], device: torch.device
+) -> None:
+    """Fill the empty model from the artifact, one linear or dense tensor at a time."""
+    tensors, plan, dense = _replace(model, reader, settings)
+    absent = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
+    for name, linear in plan.items():
+        _fill_linear(model.get_submodule(name), name, linear, tensors, device)
+    for name, meta in dense.items():
+        tensor = tensors.read(name).to(device, meta.dtype)
+        place(model, name, nn.Parameter(tensor, False) if isinstance(meta, nn.Parameter) else tensor)
+    reader.close()
+    model.tie_weights(missing_keys=absent - dense.keys(), recompute_mapping=False)
+    for name, buffer in list(model.named_buffers()):  # those that are in no checkpoint were made on the CPU
+        place(model, name, buffer.to(device))
+
+
+def _check_names(model: PreTrainedModel, present: set[str], wanted: Mapping[str, torch.Tensor]) -> None:
+    """Refuse missing and unexpected dense tensors. Tied copies may be missing, and buffers, which models derive."""
+    missing = {name for name in wanted.keys() - present if isinstance(wanted[name], nn.Parameter)}
+    tied = {a: b for pair in model.all_tied_weights_keys.items() for a, b in (pair, pair[::-1])}
+    lost = sorted(name for name in missing if tied.get(name) not in present)
+    if lost:
+        raise CompressError(f"tensor {lost[0]} is missing ({len(lost)} such)", hint=_INCOMPLETE)
+    harmless = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
+    extra = sorted(n for n in present - wanted.keys() if not any(re.search(pattern, n) for pattern in harmless))
+    if extra:
+        raise CompressError(f"tensor {extra[0]} is unexpected ({len(extra)} such)", hint=_UNFIT)
+
+
+def _fill_linear(module: nn.Module, name: str, linear: _Linear, tensors: _Tensors, device: torch.device) -> None:
+    """Read one linear's tensors into its buffers; AWQ's become int_grouped's."""
+    found: Mapping[str, torch.Tensor] = {suffix: tensors.read(f"{name}.{suffix}") for suffix in linear.suffixes}
+    if linear.scheme.kind == awq.KIND:
+        found = awq.to_int_grouped(Packed(awq.KIND, awq.VERSION, linear.scheme.params, found, linear.shape)).tensors
+    if "weight_shape" in found and tuple(found["weight_shape"].tolist()) != linear.shape:
+        saw, want = found["weight_shape"].tolist(), list(linear.shape)
+        raise CompressError(f"tensor {name}.weight_shape holds {saw}, the model has {want}", hint=_UNFIT)
+    for suffix, tensor in found.items():
+        place(module, suffix, tensor.to(device))
+
+
+def _guarded(settings: Any) -> bool:
+    """Whether a quantization_config has a group that only this package reads."""
+    groups = settings.get("config_groups") if isinstance(settings, Mapping) else None
+    return any(str(g.get("format", "")).startswith(_GUARD) for g in (groups or {}).values() if isinstance(g, Mapping))
+
+
+def register() -> None:
+    """Teach `AutoModelForCausalLM.from_pretrained` our guarded artifacts; everything else goes the stock way."""
+    from transformers.quantizers import auto
+    from transformers.quantizers.base import HfQuantizer
+
+    StockConfig: Any = auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"]
+    StockQuantizer: Any = auto.AUTO_QUANTIZER_MAPPING["compressed-tensors"]
+    if hasattr(StockConfig, "compress_settings"):
+        return
+
+    class Config(StockConfig):
+        compress_settings: Mapping[str, Any] = {}
+
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+            inner = config_dict.get("quantization_config", config_dict)
+            if not _guarded(inner):
+                return StockConfig.from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
+            config = cls()
+            config.compress_settings = dict(inner)
+            return (config, kwargs) if return_unused_kwargs else config
+
+        def to_dict(self) -> dict[str, Any]:
+            return dict(self.compress_settings)
+
+        to_diff_dict = to_dict
+
+    class Quantizer(StockQuantizer):
+        def __new__(cls, quantization_config: Any, **kwargs: Any) -> Any:
+            ours = isinstance(quantization_config, Config)
+            return object.__new__(cls) if ours else StockQuantizer(quantization_config, **kwargs)
+
+        def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+            HfQuantizer.__init__(self, quantization_config, **kwargs)
+
+        def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+            reader = CheckpointReader(Path(checkpoint_files[0]).parent)
+            _, plan, _ = _replace(model, reader, self.quantization_config.compress_settings)
+            for name in plan:  # a parent's initialiser would look for the linear's weight (GPT-2)
+                for part in (name, name.rpartition(".")[0]):
+                    model.get_submodule(part)._is_hf_initialized = True
+
+        def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+            prepare(model, exact=False)
+            return model
+
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = Config
+    auto.AUTO_QUANTIZER_MAPPING["compressed-tensors"] = Quantizer

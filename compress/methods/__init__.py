@@ -1,0 +1,1 @@
+"""One file per method: `Config`, `collects(block, config)`, `compress(block, stats, config, run)`: tensors in, tensors out."""

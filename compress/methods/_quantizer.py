@@ -1,0 +1,135 @@
+"""The common quantizer: every integer method calls it.
+
+For one group v of `group_size` consecutive inputs of one row, choose (scale, zero) from its range and round:
+
+    asymmetric  hi = max(max v, 0), lo = min(min v, 0), scale = (hi - lo)/(2^b - 1), zero = clamp(round(-lo/scale), 0, 2^b - 1)
+    symmetric   scale = 2 max|v| / (2^b - 1)  ("full")  or  max|v| / (2^(b-1) - 1)  ("restricted"),  zero = 2^(b-1)
+    q = clamp(round(v/scale) + zero, 0, 2^b - 1),   v_hat = (q - zero) * scale
+
+The scale is rounded to its storage dtype *before* zero and codes are computed, so that the reconstruction in memory is the one
+on disk. Rounding is half to even. `extend_zero=False` leaves the range as it is and reproduces llm-awq
+`quantizer.py: pseudo_quantize_tensor`, which destroys a group of one sign whose range excludes 0.
+Optional MSE clip search as IST-DASLab/gptq `quant.py`: 80 shrinks of the range, norm 2.4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from compress.errors import CompressError
+
+SYM_SCALES = ("full", "restricted")
+_CLIP_STEPS, _CLIP_GRID, _CLIP_NORM = 80, 100, 2.4
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """How a weight is put on an integer grid; `scale_dtype` is the dtype that scales are stored in."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    scale_dtype: torch.dtype
+    extend_zero: bool = True
+    sym_scale: str = "full"
+    mse_clip: bool = False
+
+    @property
+    def levels(self) -> int:
+        """Largest code, 2^bits - 1."""
+        return (1 << self.bits) - 1
+
+    def size(self, inputs: int) -> int:
+        """Channels per group for a linear of `inputs` channels."""
+        return inputs if self.group_size == -1 else self.group_size
+
+
+def check_grid(bits: int, group_size: int, sym_scale: str) -> None:
+    """Validate the options that every integer method shares."""
+    if bits not in (2, 3, 4, 8):
+        raise CompressError(f"--bits {bits} is not supported", hint="use 2, 3, 4 or 8", usage=True)
+    if group_size != -1 and (group_size < 1):
+        raise CompressError(f"--group-size {group_size} is not a group", hint="use a positive size, or -1 for one per row", usage=True)
+    if sym_scale not in SYM_SCALES:
+        raise CompressError(f"--sym-scale {sym_scale!r} is unknown", hint=f"use one of {', '.join(SYM_SCALES)}", usage=True)
+
+
+def check_groups(name: str, inputs: int, group_size: int) -> None:
+    """Refuse a linear whose inputs do not split into groups."""
+    if group_size != -1 and inputs % group_size:
+        fits = [g for g in (128, 96, 64, 48, 32, 16) if inputs % g == 0]
+        hint = f"use --group-size {fits[0]}, or " if fits else "use --group-size -1, or "
+        raise CompressError(
+            f"{name}: {inputs} inputs cannot be split into groups of {group_size}",
+            hint=f"{hint}--ignore 're:.*{name.rsplit('.', 1)[-1]}'",
+            usage=True,
+        )
+
+
+def _storage(scale: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The scale as it will be read back, fp32. Bounded below, so that an all-zero group is harmless.
+
+    Asymmetric 8-bit scales are rounded up: rounded down, a 16-bit scale would cut up to 1.4 steps off the range.
+    """
+    least = 1e-5 if grid.scale_dtype == torch.float16 else 1e-10
+    scale = scale.clamp(min=least)
+    stored = scale.to(grid.scale_dtype)
+    if grid.bits == 8 and not grid.symmetric and grid.scale_dtype != torch.float32:
+        low = stored.float() < scale
+        stored = torch.where(low, torch.nextafter(stored, torch.full_like(stored, torch.inf)), stored)
+    return stored.float()
+
+
+def fit_range(lo: torch.Tensor, hi: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale, zero), both fp32 of the shape of `lo` and `hi`, the least and the greatest value of each group."""
+    if grid.symmetric:
+        most = torch.maximum(hi.abs(), lo.abs())
+        half = grid.levels / 2 if grid.sym_scale == "full" else (1 << (grid.bits - 1)) - 1
+        scale = _storage(most / half, grid)
+        return scale, torch.full_like(scale, float(1 << (grid.bits - 1)))
+    if grid.extend_zero:
+        lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+    scale = _storage((hi - lo) / grid.levels, grid)
+    return scale, torch.round(-lo / scale).clamp_(0, grid.levels)
+
+
+def _round(v: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Codes as fp32 for v (…, G, g) with scale and zero (…, G)."""
+    return torch.round(v / scale.unsqueeze(-1)).add_(zero.unsqueeze(-1)).clamp_(0, grid.levels)
+
+
+def fit(W: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale, zero) of W (O, I), both fp32 (O, G)."""
+    v = W.view(W.shape[0], -1, grid.size(W.shape[1]))
+    lo, hi = v.amin(-1), v.amax(-1)
+    if not grid.mse_clip:
+        return fit_range(lo, hi, grid)
+    best = torch.full_like(lo, torch.inf)
+    scale, zero = fit_range(lo, hi, grid)
+    for i in range(_CLIP_STEPS):
+        p = 1 - i / _CLIP_GRID
+        s, z = fit_range(lo * p, hi * p, grid)
+        loss = (_decode(_round(v, s, z, grid), s, z) - v).abs_().pow_(_CLIP_NORM).sum(-1)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
+    return scale, zero
+
+
+def _decode(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    return q.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1))
+
+
+def encode(W: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Codes (O, I), uint8."""
+    v = W.view(W.shape[0], -1, grid.size(W.shape[1]))
+    return _round(v, scale, zero, grid).to(torch.uint8).view(W.shape)
+
+
+def fake(W: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Quantize and dequantize W (O, I), fp32."""
+    scale, zero = fit(W, grid)
+    v = W.view(W.shape[0], -1, grid.size(W.shape[1]))
+    return _decode(_round(v, scale, zero, grid), scale, zero).view(W.shape)

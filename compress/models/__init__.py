@@ -1,0 +1,1 @@
+"""What a block is, per model family, and how to run one without holding the model."""

@@ -1,0 +1,1 @@
+"""Walks over checkpoints: owns files, devices, progress and resume; holds one block at a time."""

@@ -1,0 +1,103 @@
+"""What a run will cost, from headers alone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from compress.checkpoint import dtypes
+from compress.models.skeleton import CheckpointView, Skeleton
+from compress.pipeline.forward import rss
+from compress.pipeline.layout import Layout
+from compress.types import Block, Stat
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Predicted cost of a run; sizes in bytes."""
+
+    artifact_bytes: int  # weight files, exact
+    source_bytes: int
+    bits_per_weight: float  # of the compressed linears
+    peak_memory: int
+    seconds: float
+
+
+def _block_bytes(skeleton: Skeleton, view: CheckpointView, index: int) -> tuple[int, int, int]:
+    """(elements, stored bytes, elements of the largest linear) of one block."""
+    prefix = skeleton.prefix(index)
+    names = [n for n in view.names if n.startswith(prefix)]
+    elements = {n: torch.Size(view.shape(n)).numel() for n in names}
+    stored = sum(count * dtypes.itemsize(view.dtype(n)) for n, count in elements.items())
+    return sum(elements.values()), stored, max(elements.values())
+
+
+def estimate(
+    skeleton: Skeleton, view: CheckpointView, layout: Layout, method: ModuleType, config: Any, size: int, tokens: int,
+    batch_size: int, seqlen: int, dtype: torch.dtype, states: str,
+) -> Estimate:  # fmt: skip
+    """Predict size, peak memory and time of one forward walk."""
+    blocks = range(len(skeleton.blocks))
+    elements, stored, largest = max((_block_bytes(skeleton, view, i) for i in blocks), key=lambda t: t[0])
+    weights = sum(t.shape[0] * t.shape[1] for t in layout.targets.values())
+    packed = {p.name: p.nbytes for p in layout.plan if p.name.rsplit(".", 1)[0] in layout.targets}
+    peak = rss() + stored + packed_bytes(packed, skeleton)
+    rest = [p.nbytes for p in layout.plan if not p.name.startswith(skeleton.path)]
+    if tokens:
+        peak += _data_bytes(skeleton, layout, method, config, tokens, batch_size, seqlen, dtype, states, elements, largest)
+    else:
+        peak += 24 * largest  # fp32 copies and codes of one linear
+    peak = max(peak, rss() + 2 * min(max(rest, default=0), 64 << 20))
+    return Estimate(
+        size,
+        sum(e.nbytes for e in view.reader.entries.values()),
+        8 * sum(packed.values()) / weights,
+        peak,
+        _seconds(skeleton, config, weights, tokens, size),
+    )
+
+
+def packed_bytes(packed: dict[str, int], skeleton: Skeleton) -> int:
+    """Packed bytes of the average block."""
+    return sum(packed.values()) // len(skeleton.blocks)
+
+
+def _data_bytes(
+    skeleton: Skeleton, layout: Layout, method: ModuleType, config: Any, tokens: int, batch_size: int, seqlen: int, dtype: torch.dtype,
+    states: str, elements: int, largest: int,
+) -> int:  # fmt: skip
+    shapes = skeleton.linears(0)
+    prefix = skeleton.prefix(0)
+    meta = {n: torch.empty(s, device="meta") for n, s in shapes.items() if prefix + n in layout.targets}
+    block = Block(0, meta, {}, skeleton.groups(0), skeleton.scalings(), skeleton.no_clip(0))
+    collect = method.collects(block, config)
+    width = skeleton.config.hidden_size
+    statistics = 0
+    for name, want in collect.stats.items():
+        inputs = shapes[name][1]
+        if Stat.GRAM in want:
+            statistics += 4 * inputs * min(tokens, inputs)
+        elif Stat.GROUP_GRAM in want:
+            statistics += 4 * inputs * (inputs if collect.group == -1 else collect.group)
+    kept = 0 if states == "disk" else tokens * width * dtype.itemsize * (2 + len(collect.modules))
+    activations = batch_size * seqlen * max(max(s) for s in shapes.values()) * dtype.itemsize * 4
+    return statistics + kept + activations + elements * dtype.itemsize + 24 * largest
+
+
+def _seconds(skeleton: Skeleton, config: Any, weights: int, tokens: int, size: int) -> float:
+    """From a matrix product and a pass over memory measured now; a rough guide."""
+    a = torch.randn(512, 512)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(4):
+        a @ a
+    flops = 4 * 2 * 512**3 / (time.perf_counter() - start)
+    rounding = weights * 2.5e-8
+    if not tokens:
+        return rounding + size / 3e8
+    tried = (getattr(config, "grid", 20) + 2) * (0.125 if getattr(config, "search", "") == "fast" else 1) + getattr(config, "keep", 4)
+    return rounding * (tried + 12) + 2 * weights * tokens * (tried + 2) / flops + size / 3e8

@@ -1,0 +1,396 @@
+"""The forward walk: one block at a time, load -> run and collect -> compress -> write -> run on.
+
+Peak memory is one block in the compute dtype and in the checkpoint's, its statistics, and the calibration states (which may
+lie on disk). Every block is a resume point; a resumed run replays the blocks before it to get the states back, so a killed and
+an unbroken run compute the same numbers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from compress.checkpoint import dtypes
+from compress.checkpoint.writer import CheckpointWriter
+from compress.errors import CompressError
+from compress.formats import int_grouped
+from compress.models.skeleton import CheckpointView, Skeleton, check_finite
+from compress.pipeline.layout import Layout
+from compress.pipeline.resume import WorkDir
+from compress.pipeline.states import Store
+from compress.stats import InputStats
+from compress.types import Block, Collect, Result, Stat
+
+logger = logging.getLogger(__name__)
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What one finished block looks like to whoever watches."""
+
+    block: int
+    blocks: int
+    error: float  # mean relative weight error of the block's linears
+    bits: float  # stored bits per weight
+    seconds: float
+    left: float  # seconds, from the blocks done in this run
+    rss: int  # bytes
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Everything that the walk needs; nothing in it changes while it runs."""
+
+    skeleton: Skeleton
+    view: CheckpointView
+    layout: Layout
+    method: ModuleType
+    config: Any
+    tokens: torch.Tensor | None  # (N, T); None for methods without data
+    batch_size: int
+    device: str
+    dtype: torch.dtype
+    states_on_disk: bool
+    progress: Callable[[Progress], None] | None = None
+
+
+def rss() -> int:
+    """Resident memory of this process in bytes; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def _trim() -> None:
+    """Give freed memory back to the system, so that one block's garbage does not add to the next one's peak."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+class _ModuleInputs:
+    """A module's call arguments per batch: what differs by batch is stored, what the walk holds anyway is referred to."""
+
+    def __init__(self, folder: Path | None, shared: set[int]) -> None:
+        self._store = Store(folder)
+        self._shared = shared
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def append(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._calls.append((tuple(self._put(a) for a in args), {k: self._put(v) for k, v in kwargs.items()}))
+
+    def _put(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or id(value) in self._shared:
+            return value
+        self._store.append(value)
+        return _Slot(len(self._store) - 1)
+
+    def __getitem__(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = self._calls[batch]
+        return tuple(self._get(a) for a in args), {k: self._get(v) for k, v in kwargs.items()}
+
+    def _get(self, value: Any) -> Any:
+        return self._store[value.index] if isinstance(value, _Slot) else value
+
+    def close(self) -> None:
+        self._store.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    index: int
+
+
+def _tensor_ids(value: Any) -> set[int]:
+    if isinstance(value, torch.Tensor):
+        return {id(value)}
+    if isinstance(value, (tuple, list)):
+        return set().union(*(_tensor_ids(v) for v in value))
+    if isinstance(value, dict):
+        return set().union(*(_tensor_ids(v) for v in value.values()))
+    return set()
+
+
+class _BlockRunner:
+    """`types.Runner`: modules of one dense block over the kept inputs, the unchanged module's outputs computed once."""
+
+    def __init__(self, walk: Walk, index: int, params: Tensors, inputs: Mapping[str, _ModuleInputs], batches: int, folder: Path | None):
+        self.batches = batches
+        self._walk, self._index, self._params, self._inputs, self._folder = walk, index, params, inputs, folder
+        self._dense: tuple[str, Store, dict[int, int]] | None = None
+
+    def __call__(self, module: str, overrides: Mapping[str, torch.Tensor], batches: range) -> Iterator[torch.Tensor]:
+        if overrides:
+            changed = {f"{n}.weight": self._stored(n, W) for n, W in overrides.items()}
+            return (self._run(module, self._params | changed, b) for b in batches)
+        return (self._reference(module, b) for b in batches)
+
+    def _stored(self, name: str, W: torch.Tensor) -> torch.Tensor:
+        target = self._walk.layout.targets[self._walk.skeleton.prefix(self._index) + name]
+        return (W.T if target.transposed else W).to(self._walk.dtype)
+
+    def _run(self, module: str, params: Tensors, batch: int) -> torch.Tensor:
+        args, kwargs = self._inputs[module][batch]
+        device = self._walk.device
+        args = tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args)
+        kwargs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+        return self._walk.skeleton.run_module(self._index, module, params, args, kwargs)
+
+    def _reference(self, module: str, batch: int) -> torch.Tensor:
+        if self._dense is None or self._dense[0] != module:
+            self.close()
+            self._dense = (module, Store(self._folder), {})
+        _, store, where = self._dense
+        if batch not in where:
+            store.append(self._run(module, self._params, batch))
+            where[batch] = len(store) - 1
+        return store[where[batch]].to(self._walk.device)
+
+    def close(self) -> None:
+        if self._dense is not None:
+            self._dense[1].close()
+            self._dense = None
+
+
+class Forward:
+    """One walk over all blocks, and then over what is not a block."""
+
+    def __init__(self, walk: Walk, writer: CheckpointWriter, work: WorkDir) -> None:
+        self.walk, self.writer, self.work = walk, writer, work
+        self.folder = work.path if walk.states_on_disk else None
+        self.propagate = bool(getattr(walk.config, "propagate", False))
+        self.states: Store | None = None
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Compress every block from the resume point on, then copy the rest."""
+        walk, blocks = self.walk, len(self.walk.skeleton.blocks)
+        done = self.work.done
+        if done < blocks and walk.tokens is not None:
+            self._start(done)
+        began = time.monotonic()
+        for index in range(done, blocks):
+            start = time.monotonic()
+            bits, error = self._block(index)
+            self.writer.flush()
+            self.work.commit(index + 1)
+            _trim()
+            now = time.monotonic()
+            left = (now - began) / (index + 1 - done) * (blocks - index - 1)
+            report = Progress(index, blocks, error, bits, now - start, left, rss())
+            self.work.log({"block": index, "error": error, "bits": bits, "seconds": report.seconds, "rss": report.rss})
+            if walk.progress is not None:
+                walk.progress(report)
+        if self.states is not None:
+            self.states.close()
+        if self.work.done == blocks:
+            self._rest()
+            self.writer.flush()
+            self.work.commit(blocks + 1)
+
+    def _start(self, done: int) -> None:
+        walk = self.walk
+        assert walk.tokens is not None
+        self.states = Store(self.folder)
+        for batch in walk.skeleton.embed(walk.view, walk.tokens, walk.batch_size, walk.device, walk.dtype):
+            self.states.append(batch)
+        if done:
+            logger.info("resuming at block %d of %d: replaying the calibration states", done + 1, len(walk.skeleton.blocks))
+        for index in range(done):
+            params = self._compressed(index) if self.propagate else self._compute(index, self._load(index))
+            self._advance(index, params)
+            del params
+            _trim()
+
+    # -- one block ----------------------------------------------------------------------------------------------------
+
+    def _load(self, index: int) -> Tensors:
+        """A block's tensors as stored, by relative name; linear weights turned to (O, I)."""
+        prefix = self.walk.skeleton.prefix(index)
+        names = [n for n in self.walk.view.names if n.startswith(prefix)]
+        return {n.removeprefix(prefix): self._turn(n, self.walk.view.read(n)) for n in names}
+
+    def _turn(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Swap a Conv1D weight between (I, O) and (O, I); anything else as it is."""
+        return tensor.T.contiguous() if name in self.walk.skeleton.conv1d_weights else tensor
+
+    def _compute(self, index: int, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+        """Parameters and buffers of a block as its module wants them, in the compute dtype on the device."""
+        walk = self.walk
+        prefix, block = walk.skeleton.prefix(index), walk.skeleton.blocks[index]
+        params = {
+            n: self._turn(prefix + n, tensors[n]).to(walk.device, walk.dtype) for n, _ in block.named_parameters()
+        }
+        return params | {n: b.to(walk.device) for n, b in block.named_buffers()}
+
+    def _compressed(self, index: int) -> Tensors:
+        """A finished block's parameters, read back from the artifact."""
+        walk, prefix = self.walk, self.walk.skeleton.prefix(index)
+        tensors: Tensors = {}
+        for name in walk.view.names:
+            if name.startswith(prefix):
+                target = walk.layout.targets.get(name.removesuffix(".weight"))
+                if target is None or walk.layout.name == "dense":
+                    tensors[name.removeprefix(prefix)] = self._turn(name, self.writer.read(name))
+                else:
+                    packed = walk.layout.packed(target, walk.config.params(), self.writer.read)
+                    tensors[name.removeprefix(prefix)] = int_grouped.dequantize(packed)
+        return self._compute(index, tensors)
+
+    def _block(self, index: int) -> tuple[float, float]:
+        walk = self.walk
+        skeleton, prefix = walk.skeleton, walk.skeleton.prefix(index)
+        loaded = self._load(index)
+        chosen = [n for n in skeleton.linears(index) if prefix + n in walk.layout.targets]
+        block = Block(
+            index,
+            {n: loaded.pop(f"{n}.weight") for n in chosen},
+            loaded,
+            skeleton.groups(index),
+            skeleton.scalings(),
+            skeleton.no_clip(index),
+        )
+        collect = walk.method.collects(block, walk.config)
+        scale_dtype = walk.layout.scale_dtype(next(iter(walk.layout.targets.values())))
+        if self.states is None:
+            result = walk.method.compress(block, {}, walk.config, None, scale_dtype)
+        else:
+            result = self._with_data(index, block, collect, scale_dtype)
+        return self._write(block, result)
+
+    def _with_data(self, index: int, block: Block, collect: Collect, scale_dtype: torch.dtype) -> Result:
+        walk = self.walk
+        params = self._compute(index, {**{f"{n}.weight": W for n, W in block.weights.items()}, **block.tensors})
+        assert self.states is not None
+        batches = len(self.states)
+        with self._observe(index, collect) as (stats, inputs):
+            self._advance(index, params, keep=self.propagate)
+        by_linear = {n: stats[group[0]] for group in block.groups for n in group if group[0] in stats}
+        runner = _BlockRunner(walk, index, params, inputs, batches, self.folder)
+        result: Result = walk.method.compress(block, by_linear, walk.config, runner, scale_dtype)
+        runner.close()
+        for kept in inputs.values():
+            kept.close()
+        if self.propagate:
+            tensors = dict(block.tensors) | dict(result.tensors)
+            tensors |= {f"{n}.weight": int_grouped.dequantize(p) for n, p in result.packed.items()}
+            if walk.layout.name == "dense":
+                dtype = dtypes.TORCH[next(iter(walk.layout.targets.values())).dtype]
+                tensors |= {f"{n}.weight": tensors[f"{n}.weight"].to(dtype) for n in result.packed}
+            self._advance(index, self._compute(index, tensors))
+        return result
+
+    @contextmanager
+    def _observe(self, index: int, collect: Collect) -> Iterator[tuple[dict[str, InputStats], dict[str, _ModuleInputs]]]:
+        """Hooks that fill statistics and keep module inputs while the block runs."""
+        walk, block = self.walk, self.walk.skeleton.blocks[index]
+        assert walk.tokens is not None
+        shared = set().union(*(_tensor_ids(call) for call in walk.skeleton.calls(index)))
+        stats: dict[str, InputStats] = {}
+        inputs = {m: _ModuleInputs(self.folder, shared) for m in collect.modules}
+        handles = []
+
+        def observe(name: str, want: Stat) -> None:
+            target = walk.layout.targets.get(walk.skeleton.prefix(index) + name)
+            width = target.shape[1] if target else walk.skeleton.linears(index)[name][1]
+            group = width if collect.group == -1 else collect.group
+            assert walk.tokens is not None
+            stats[name] = InputStats(want, width, walk.tokens.numel(), group)
+            hook = block.get_submodule(name).register_forward_pre_hook(lambda _m, args: stats[name].update(args[0]))
+            handles.append(hook)
+
+        for name, want in collect.stats.items():
+            observe(name, want)
+        for name, kept in inputs.items():
+            handles.append(
+                block.get_submodule(name).register_forward_pre_hook(
+                    lambda _m, args, kwargs, kept=kept: kept.append(args, kwargs), with_kwargs=True
+                )
+            )
+        try:
+            yield stats, inputs
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _advance(self, index: int, params: Tensors, keep: bool = False) -> None:
+        """Run the states through a block; with `keep`, only its hooks matter and the states stay."""
+        assert self.states is not None
+        after = Store(self.folder)
+        for b in range(len(self.states)):
+            out = self.walk.skeleton.run(index, params, self.states[b].to(self.walk.device))
+            if not bool(torch.isfinite(out).all()):
+                raise CompressError(
+                    f"block {index}: its output holds NaN or Inf on the calibration text",
+                    hint="the checkpoint is damaged, or its dtype overflows: try a bfloat16 or float32 copy",
+                )
+            if not keep:
+                after.append(out)
+        if not keep:
+            self.states.close()
+            self.states = after
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def _write(self, block: Block, result: Result) -> tuple[float, float]:
+        """Write a block's compressed linears and its other tensors; returns (bits per weight, mean error)."""
+        walk, prefix = self.walk, self.walk.skeleton.prefix(block.index)
+        assert result.packed.keys() == block.weights.keys(), "a method must pack exactly the linears that it was given"
+        assert result.tensors.keys() <= block.tensors.keys(), "a method may only change tensors that exist"
+        weights = stored = 0
+        for name, packed in result.packed.items():
+            target = walk.layout.targets[prefix + name]
+            bits = 0
+            for full, tensor in walk.layout.tensors(target, packed).items():
+                self.writer.write(full, tensor)
+                bits += 8 * tensor.numel() * tensor.element_size()
+            size = target.shape[0] * target.shape[1]
+            weights, stored = weights + size, stored + bits
+            self.work.state["linears"][target.name] = {
+                "kind": walk.layout.kind, "version": packed.version, "params": dict(packed.params), "shape": list(target.shape),
+                "bits": float(f"{bits / size:.6g}"), "error": float(f"{result.errors[name]:.6g}"),
+            }  # fmt: skip
+        for name in block.tensors:
+            tensor = self._turn(prefix + name, result.tensors.get(name, block.tensors[name]))
+            self._write_dense(prefix + name, tensor)
+        if result.record:
+            self.work.state["search"].append({"block": block.index, **result.record})
+        return stored / weights if weights else 0.0, sum(result.errors.values()) / max(1, len(result.errors))
+
+    def _write_dense(self, name: str, tensor: torch.Tensor) -> None:
+        check_finite(name, tensor)
+        planned = self.writer.plan[name]
+        self.writer.write(name, self._cast(name, tensor, planned.dtype))
+
+    def _cast(self, name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+        out = tensor.to(dtypes.TORCH[dtype])
+        if out.is_floating_point() and not bool(torch.isfinite(out).all()):
+            raise CompressError(f"{name}: does not fit into {dtype}", hint="use the default --format pack-quantized")
+        return out
+
+    def _rest(self) -> None:
+        """Copy everything that is in no block, piece by piece."""
+        walk = self.walk
+        prefixes = tuple(walk.skeleton.prefix(i) for i in range(len(walk.skeleton.blocks)))
+        for name in walk.view.names:
+            if name.startswith(prefixes):
+                continue
+            source, start = walk.view.source(name), 0
+            for piece in walk.view.reader.chunks(source):
+                check_finite(source, piece)
+                self.writer.write_piece(name, start, self._cast(name, piece, self.writer.plan[name].dtype))
+                start += piece.numel()

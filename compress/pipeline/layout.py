@@ -1,0 +1,130 @@
+"""How an artifact is laid out: which tensors it will hold, known from headers alone, and how a packed linear becomes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from compress import registry
+from compress.checkpoint import dtypes
+from compress.checkpoint.writer import Planned
+from compress.errors import CompressError, nearest
+from compress.formats import int_grouped
+from compress.models.skeleton import CheckpointView, Skeleton
+from compress.types import Packed
+
+LAYOUTS = {"pack-quantized": "int_grouped", "awq": "awq", "dense": "dense"}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One linear to compress."""
+
+    name: str  # full module name
+    shape: tuple[int, int]  # (O, I)
+    transposed: bool  # the model stores (I, O)
+    dtype: str  # safetensors dtype of the source weight
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The plan of one artifact."""
+
+    name: str
+    targets: dict[str, Target]
+    plan: tuple[Planned, ...]
+    guarded: bool  # stock loaders must refuse it
+    cast: str | None  # dtype that every other float tensor is cast to
+
+    @property
+    def kind(self) -> str:
+        """Kind of the linears, as the manifest names it."""
+        return LAYOUTS[self.name]
+
+    def scale_dtype(self, target: Target) -> torch.dtype:
+        """The dtype that a linear's scales are stored in."""
+        return torch.float16 if self.name == "awq" else dtypes.TORCH[target.dtype]
+
+    def tensors(self, target: Target, packed: Packed) -> dict[str, torch.Tensor]:
+        """Full names and tensors of one packed linear, as this layout writes them."""
+        if self.name == "dense":
+            W = int_grouped.dequantize(packed).to(dtypes.TORCH[target.dtype])
+            return {f"{target.name}.weight": W.T.contiguous() if target.transposed else W}
+        if self.name != "pack-quantized":
+            q, scale, zero = int_grouped.unpack(packed)
+            module = registry.load("formats", LAYOUTS[self.name])
+            packed = module.pack(q, scale, zero, bits=packed.params["bits"], group_size=packed.params["group_size"])
+        return {f"{target.name}.{suffix}": t for suffix, t in packed.tensors.items()}
+
+    def packed(self, target: Target, params: dict[str, Any], read: Callable[[str], torch.Tensor]) -> Packed:
+        """The reverse of `tensors` for pack-quantized: a linear read back from its tensors."""
+        suffixes = int_grouped.spec(params, target.shape, target.dtype)
+        tensors = {s: read(f"{target.name}.{s}") for s in suffixes}
+        return Packed(int_grouped.KIND, int_grouped.VERSION, params, tensors, target.shape)
+
+
+def matcher(patterns: tuple[str, ...]) -> Callable[[str], str | None]:
+    """A function that returns the first pattern (`re:…` or a full name) that a module name matches."""
+    compiled: list[tuple[str, re.Pattern[str]]] = []
+    for pattern in patterns:
+        try:
+            text = pattern.removeprefix("re:") if pattern.startswith("re:") else re.escape(pattern)
+            compiled.append((pattern, re.compile(text)))
+        except re.error as error:
+            raise CompressError(f"--ignore {pattern!r} is not a regular expression ({error})", hint="quote it", usage=True) from error
+    return lambda name: next((p for p, c in compiled if c.fullmatch(name)), None)
+
+
+def make(
+    skeleton: Skeleton, view: CheckpointView, config: Any, layout: str, ignore: tuple[str, ...]
+) -> Layout:
+    """Plan an artifact from headers alone. Refuses linears that the method's config cannot hold."""
+    if layout not in LAYOUTS:
+        raise CompressError(f"--format {layout!r} is unknown", hint=nearest(layout, list(LAYOUTS)), usage=True)
+    targets = _targets(skeleton, view, config, ignore)
+    conv1d = any(t.transposed for t in targets.values())
+    if layout == "awq" and conv1d:
+        raise CompressError("--format awq cannot hold transposed Conv1D layers (GPT-2)", hint="use the default format", usage=True)
+    cast = "F16" if layout == "awq" else None
+    module = registry.load("formats", LAYOUTS[layout])
+    plan: list[Planned] = []
+    for name in view.names:
+        target = targets.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        dtype = view.dtype(name)
+        if target is None:
+            plan.append(Planned(name, cast if cast and dtype in dtypes.FLOATS else dtype, view.shape(name)))
+        elif layout == "dense":
+            plan.append(Planned(name, dtype, view.shape(name)))
+        else:
+            spec = module.spec(config.params(), target.shape, dtype)
+            plan += [Planned(f"{target.name}.{suffix}", d, shape) for suffix, (d, shape) in spec.items()]
+    return Layout(layout, targets, tuple(plan), conv1d and layout == "pack-quantized", cast)
+
+
+def _targets(skeleton: Skeleton, view: CheckpointView, config: Any, ignore: tuple[str, ...]) -> dict[str, Target]:
+    ignored = matcher(ignore)
+    hits: set[str] = set()
+    conv1d = skeleton.conv1d_weights
+    targets: dict[str, Target] = {}
+    for index in range(len(skeleton.blocks)):
+        for relative, shape in skeleton.linears(index).items():
+            name = skeleton.prefix(index) + relative
+            pattern = ignored(name)
+            if pattern is not None:
+                hits.add(pattern)
+                continue
+            dtype = view.dtype(f"{name}.weight")
+            if dtype not in ("F32", "F16", "BF16"):
+                raise CompressError(f"{name}: weights of type {dtype} cannot be compressed", hint="start from a 16-bit or 32-bit checkpoint")
+            config.check(name, shape)
+            targets[name] = Target(name, shape, f"{name}.weight" in conv1d, dtype)
+    unused = [p for p in ignore if p not in hits]
+    if unused:
+        raise CompressError(f"--ignore {unused[0]!r} matches no linear", hint="names look like " + next(iter(targets), "?"), usage=True)
+    if not targets:
+        raise CompressError("every linear is ignored: nothing to compress", hint="drop an --ignore", usage=True)
+    return targets

@@ -1,0 +1,93 @@
+"""The work folder: one job's lock, fingerprint and resume point.
+
+`OUT.partial/job.json` says whose work this is, `progress.json` how many steps are durable and what is known of them,
+`report.jsonl` timings, `artifact/` the shards. A run that finds another job's folder refuses to touch it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from compress.checkpoint.reader import read_json
+from compress.checkpoint.writer import disk_errors, write_json
+from compress.errors import CompressError
+
+
+def fingerprint(parts: dict[str, Any]) -> str:
+    """sha256 of everything that decides an artifact's bytes."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class WorkDir:
+    """One job's folder, locked while this object lives."""
+
+    def __init__(self, path: Path, job: str, restart: bool) -> None:
+        self.path = path
+        self.artifact = path / "artifact"
+        ours = (path / "lock").exists() or not path.exists() or not any(path.iterdir())
+        if not ours:
+            raise CompressError(f"{path}: exists and is not a work folder of compress", hint="choose another --work-dir or -o")
+        with disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise CompressError(f"{path}: another run is working here", hint="wait for it, or choose another -o") from error
+        known = read_json(path / "job.json")["job"] if (path / "job.json").exists() else None
+        if known not in (None, job) and not restart:
+            self.close()
+            raise CompressError(f"{path}: holds the unfinished work of another job", hint="--restart discards it; or choose another -o")
+        if known != job or restart or not self.artifact.is_dir():
+            self._clear()
+            with disk_errors(path):
+                self.artifact.mkdir()
+            write_json(path / "job.json", {"job": job})
+        self.state: dict[str, Any] = read_json(path / "progress.json") if (path / "progress.json").exists() else {}
+        self.state = {"done": 0, "linears": {}, "search": [], **self.state}
+
+    def _clear(self) -> None:
+        for name in ("job.json", "progress.json", "report.jsonl"):  # job.json first: without it nothing is resumed
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.artifact, ignore_errors=True)
+
+    @property
+    def done(self) -> int:
+        """Steps whose results are durable."""
+        return int(self.state["done"])
+
+    def commit(self, done: int) -> None:
+        """Move the resume point; whatever was written before must have been flushed."""
+        self.state["done"] = done
+        write_json(self.path / "progress.json", self.state)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append a line to report.jsonl."""
+        with disk_errors(self.path / "report.jsonl"), (self.path / "report.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def publish(self, out: Path, keep: bool) -> None:
+        """Rename the artifact to `out`; remove the work folder unless `keep`."""
+        with disk_errors(out):
+            if out.is_dir():
+                old = self.path / "replaced"
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(out, old)
+            os.replace(self.artifact, out)
+        shutil.rmtree(self.path / "replaced", ignore_errors=True)
+        (self.path / "job.json").unlink(missing_ok=True)
+        (self.path / "progress.json").unlink(missing_ok=True)
+        self.close()
+        if not keep:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def close(self) -> None:
+        """Release the lock."""
+        os.close(self._lock)

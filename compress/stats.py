@@ -1,0 +1,67 @@
+"""Streaming statistics of a linear's input: `update(x)` per batch, then read. One object per *input*, shared by its readers."""
+
+from __future__ import annotations
+
+import torch
+
+from compress.types import Stat
+
+
+class InputStats:
+    """Statistics of one input of I channels over T tokens, in fp32.
+
+    GRAM keeps either X (T, I) or the sum of x xᵀ (I, I), whichever is smaller: both give `quadratic` exactly.
+    """
+
+    def __init__(self, want: Stat, inputs: int, tokens: int, group: int) -> None:
+        self.tokens = 0
+        self._want = want
+        self._group = group
+        self._abs = torch.zeros(0)
+        self._blocks: torch.Tensor | None = None  # (G, g, g)
+        self._H: torch.Tensor | None = None  # (I, I)
+        self._X: list[torch.Tensor] | None = [] if Stat.GRAM in want and tokens <= inputs else None
+
+    def update(self, x: torch.Tensor) -> None:
+        """Add inputs (…, I)."""
+        x = x.reshape(-1, x.shape[-1]).float()
+        self.tokens += x.shape[0]
+        if Stat.ABSMEAN in self._want:
+            total = x.abs().sum(0, dtype=torch.float64)
+            self._abs = total if self._abs.numel() == 0 else self._abs + total
+        if self._X is not None:
+            self._X.append(x.clone())
+        elif Stat.GRAM in self._want:
+            if self._H is None:
+                self._H = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+            self._H.addmm_(x.T, x)
+        elif Stat.GROUP_GRAM in self._want:
+            part = x.view(x.shape[0], -1, self._group).transpose(0, 1)  # (G, T, g)
+            if self._blocks is None:
+                self._blocks = torch.zeros(part.shape[0], self._group, self._group, device=x.device)
+            self._blocks.baddbmm_(part.transpose(1, 2), part)
+
+    def absmean(self) -> torch.Tensor:
+        """Mean |x| per channel (I,), fp32."""
+        return (self._abs / self.tokens).float()
+
+    def quadratic(self, D: torch.Tensor) -> float:
+        """Mean over tokens of |D x|^2 for D (O, I)."""
+        if self._X is not None:
+            return sum(float((x @ D.T).square().sum(dtype=torch.float64)) for x in self._X) / self.tokens
+        assert self._H is not None, "GRAM was not collected"
+        return float(((D @ self._H) * D).sum(dtype=torch.float64)) / self.tokens
+
+    def group_gram(self) -> torch.Tensor:
+        """Mean over tokens of x xᵀ inside each group of channels, (G, g, g)."""
+        if self._X is not None:
+            parts = [x.view(x.shape[0], -1, self._group).transpose(0, 1) for x in self._X]
+            total = torch.stack([p.transpose(1, 2) @ p for p in parts]).sum(0)
+        elif self._H is not None:
+            G = self._H.shape[0] // self._group
+            grid = self._H.view(G, self._group, G, self._group)
+            total = grid.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+        else:
+            assert self._blocks is not None, "GROUP_GRAM was not collected"
+            total = self._blocks
+        return total / self.tokens

@@ -1,0 +1,100 @@
+"""The few shapes of data that travel between the rooms. No torch at import time."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """One place where a per-channel scale can move from a producer's output into its consumers' input columns.
+
+    AWQ's mapping (arXiv 2306.00978, section 3.2; llm-awq `auto_scale.py`). Names are relative to the block.
+    """
+
+    producer: str  # a norm (its weight is divided) or a linear (its output rows are divided)
+    consumers: tuple[str, ...]  # linears whose columns are multiplied: every reader of the producer's output
+    inspect: str  # module whose output error is the loss; equal to consumers[0] for a single linear
+    norm: bool = False  # the producer is a norm
+    norm_offset: float = 0.0  # 1.0 for (1 + w) norms (Gemma)
+    rows: tuple[int, int] | None = None  # rows of a fused linear producer that carry the scale; None: all
+    heads: tuple[int, int, int] | None = None  # (n_kv, n_rep, head_dim): tie the scale over the repeats (GQA)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One transformer block as it lies in the checkpoint.
+
+    `weights` holds the linears to compress, `(O, I)`, in the checkpoint's dtype; `tensors` everything else of the block
+    (norms, biases, linears that the user told to ignore). All names are relative to the block; weights are keyed by
+    module name (`self_attn.q_proj`), tensors by parameter name (`input_layernorm.weight`).
+    """
+
+    index: int
+    weights: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor]
+    groups: tuple[tuple[str, ...], ...]  # linears that read the same input
+    producers: tuple[Scaling, ...] = ()
+    no_clip: frozenset[str] = frozenset()  # linears whose outputs are multiplied together (q, k): clipping them is unsafe
+
+
+class Stat(enum.Flag):
+    """Statistics of a linear's input that a method may ask for (`compress.stats` computes them)."""
+
+    NONE = 0
+    ABSMEAN = enum.auto()  # mean |x| per channel, [I]
+    GROUP_GRAM = enum.auto()  # sum of x xᵀ inside each group of `group` channels, [I/g, g, g]
+    GRAM = enum.auto()  # the whole second moment, [I, I] (kept as samples while there are fewer tokens than channels)
+
+
+@dataclass(frozen=True, slots=True)
+class Collect:
+    """What a method needs from the forward walk: statistics per linear, and modules that it will run again."""
+
+    stats: Mapping[str, Stat] = field(default_factory=dict)  # keyed by the first linear of a group
+    modules: tuple[str, ...] = ()
+    group: int = 0  # channels per group for GROUP_GRAM
+
+    @property
+    def empty(self) -> bool:
+        return not self.stats and not self.modules
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """One linear in an artifact: the tensors that are written, and what they mean."""
+
+    kind: str
+    version: int
+    params: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]  # suffix -> tensor, written as `<linear>.<suffix>`
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a method returns for one block."""
+
+    packed: Mapping[str, Packed]
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)  # changed dense tensors, the block's own dtype
+    errors: Mapping[str, float] = field(default_factory=dict)  # |W_hat - W| / |W| of what was unpacked again
+    record: Mapping[str, Any] = field(default_factory=dict)  # JSON: what the search chose; goes into the manifest
+
+
+class Runner(Protocol):
+    """Runs a module of the block over the calibration inputs that the pipeline kept."""
+
+    batches: int
+
+    def __call__(self, module: str, overrides: Mapping[str, torch.Tensor], batches: range) -> Iterator[torch.Tensor]:
+        """Yield the module's output for each batch with `<linear>.weight` replaced by `overrides[linear]` (O, I)."""
+        ...
+
+
+TensorSpec = tuple[str, tuple[int, ...]]  # safetensors dtype name ("I32", "F16", …) and shape

@@ -1,0 +1,130 @@
+"""Fixtures: the shipped checkpoint, pico models of every family, and the command line in this process."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLE = ROOT / "examples" / "stories15M"
+CALIBRATION = ROOT / "examples" / "data" / "tinystories-calibration.txt"
+VALID = ROOT / "examples" / "data" / "tinystories-valid.txt"
+
+_SMALL: dict[str, Any] = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 1,
+                          "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 64}  # fmt: skip
+_LLAMA = {**_SMALL, "intermediate_size": 128, "num_key_value_heads": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {**_LLAMA, "attention_bias": True, "mlp_bias": True},
+    "mistral": {**_LLAMA, "sliding_window": 8},
+    "qwen2": _LLAMA,
+    "qwen3": {**_LLAMA, "head_dim": 32},
+    "gemma": {**_LLAMA, "head_dim": 16},
+    "gemma2": {**_LLAMA, "head_dim": 32, "sliding_window": 8},
+    "gemma3_text": {**_LLAMA, "head_dim": 32, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": _LLAMA,
+    "opt": {**_SMALL, "ffn_dim": 128, "word_embed_proj_dim": 64},
+    "gpt2": {**_SMALL, "n_inner": 128},
+}
+GENERIC: dict[str, dict[str, Any]] = {
+    "stablelm": _LLAMA,
+    "gpt_neox": {**_SMALL, "intermediate_size": 128},
+    "cohere": _LLAMA,
+    "starcoder2": _LLAMA,
+}
+
+
+def outliers(model: torch.nn.Module) -> None:
+    """Give a random model what real ones have: norms with a few large channels, non-zero biases."""
+    generator = torch.Generator().manual_seed(7)
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            p.data += torch.randn(p.shape, generator=generator) * 0.1
+            if "norm" in name or "ln_" in name:
+                p.data[::17] *= 4
+
+
+@pytest.fixture(scope="session")
+def pico(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A saved random model of a family, with the example's tokenizer left out: tokens come from a fake one."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(family: str, dtype: torch.dtype = torch.float32) -> Path:
+        key = (family, str(dtype))
+        if key not in made:
+            torch.manual_seed(0)
+            config = AutoConfig.for_model(family, **(FAMILIES | GENERIC)[family])
+            model = AutoModelForCausalLM.from_config(config)
+            outliers(model)
+            made[key] = tmp_path_factory.mktemp(family)
+            model.to(dtype).save_pretrained(made[key])
+            _save_tokenizer(made[key])
+        return made[key]
+
+    return make
+
+
+def _save_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer of 128 entries."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:124]
+    vocab = {t: i for i, t in enumerate(["<pad>", "<s>", "</s>", "<unk>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    ).save_pretrained(folder)
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli() -> Callable[..., Outcome]:
+    """Run the command line in this process."""
+
+    def run(*args: object) -> Outcome:
+        from compress.cli import main
+
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        with redirect_stdout(out), redirect_stderr(err):
+            try:
+                main([str(a) for a in args])
+            except SystemExit as stop:
+                code = stop.code if isinstance(stop.code, int) else 1
+        return Outcome(code, out.getvalue(), err.getvalue())
+
+    return run
+
+
+def python(code: str, *args: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    """Run a Python snippet in a fresh interpreter."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=600, check=False, **kwargs
+    )
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by relative name."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
