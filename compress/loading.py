@@ -22,6 +22,7 @@ from compress.checkpoint import dtypes, manifest, source
 from compress.checkpoint.reader import CheckpointReader, read_json
 from compress.errors import CompressError
 from compress.formats import awq
+from compress.models.skeleton import load_config
 from compress.modules import CompressedLinear, linear_shape, place, prepare
 from compress.types import Packed, TensorSpec
 
@@ -56,8 +57,8 @@ def load(
     reader = CheckpointReader(folder)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = load_config(folder, compressed=True)
     with _transformers_errors(folder):
-        config = _config(folder)
         chosen = _dtype(dtype, config, torch.device(device), bool(exact))
         if settings is None:
             return _load_dense(folder, chosen, device_map or {"": device})
@@ -77,15 +78,6 @@ def _transformers_errors(folder: Path) -> Iterator[None]:
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         why = str(error).strip().splitlines() or [type(error).__name__]
         raise CompressError(f"{folder}: transformers cannot load it: {why[0]}", hint="check config.json") from error
-
-
-def _config(folder: Path) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
-    return config
 
 
 def _dtype(wanted: torch.dtype | str | None, config: Any, device: torch.device, exact: bool) -> torch.dtype:
@@ -294,8 +286,7 @@ def _replace(
     packed, inner = set(), set()
     for name, linear in plan.items():
         kind = "int_grouped" if linear.scheme.kind == awq.KIND else linear.scheme.kind
-        bias = model.get_submodule(name).bias is not None
-        options = {"stored": linear.stored, "dtype": model.dtype, "bias": bias}
+        options = {"stored": linear.stored, "dtype": model.dtype, "bias": model.get_submodule(name).bias is not None}
         place(model, name, CompressedLinear(kind, linear.scheme.params, linear.shape, **options))
         model.all_tied_weights_keys.pop(f"{name}.weight", None)
         packed |= {f"{name}.{suffix}" for suffix in linear.suffixes}

@@ -119,7 +119,11 @@ def convert(gguf: Path, out: Path) -> None:
     model.save_pretrained(out, max_shard_size="2GB")
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # Some versions of transformers add sentencepiece's decoding steps and clean up spaces; this is a byte-level BPE.
+    # Some versions of transformers take the wrong end token from a GGUF, add sentencepiece's decoding steps to this
+    # byte-level BPE, or clean up spaces when decoding.
+    for role in ("bos", "eos", "pad", "unk"):
+        token = tokenizer.convert_ids_to_tokens(getattr(config, f"{role}_token_id"))
+        setattr(tokenizer, f"{role}_token", token)
     tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
     tokenizer.clean_up_tokenization_spaces = False
     tokenizer.model_max_length = config.max_position_embeddings

@@ -294,6 +294,36 @@ def test_evaluate_compares_two_models_in_memory(model, perturbed, tokenizer, ids
     assert EvalReport.from_json(report.to_json()) == report
 
 
+def test_the_report_of_an_artifact_is_stored_in_it_and_nowhere_else(tmp_path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    for file in CHECKPOINT.iterdir():
+        (folder / file.name).symlink_to(file.resolve())
+    before = evaluate(folder, text=TEXT, seqlen=64, windows=2)
+    assert not (folder / "report.json").exists()  # no manifest: not ours to write into
+    (folder / "manifest.json").write_text("{}")
+    report = evaluate(folder, baseline=CHECKPOINT, text=TEXT, seqlen=64, windows=2)
+    stored = (folder / "report.json").read_text(encoding="utf-8")
+    assert stored == report.to_json()
+    assert EvalReport.from_json(stored) == report
+    assert str(tmp_path) not in stored
+    assert (report.model, report.baseline) == ("small", "stories15M")
+    assert report["perplexity"].value == report["perplexity"].baseline == before["perplexity"].value
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_the_harness_is_quiet_and_surveys_nothing(model, tokenizer, offline, tmp_path, monkeypatch, capfd):
+    from lm_eval import evaluator
+
+    survey = evaluator.add_env_info
+    monkeypatch.chdir(tmp_path)  # outside any git repository
+    run_tasks(model, tokenizer, ["piqa_mini"], limit=1, task_dir=TASKS.resolve())
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "fatal" not in captured.err
+    assert evaluator.add_env_info is survey
+
+
 def test_the_window_length_defaults_to_the_context_and_may_not_exceed_it(model, tokenizer):
     assert evaluate(model, text=TEXT, windows=1, tokenizer=tokenizer).settings["seqlen"] == 256
     with pytest.raises(CompressError, match="seqlen 512: the model's context is 256"):

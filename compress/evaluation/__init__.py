@@ -57,35 +57,36 @@ def evaluate(
     tokenizer = _tokenizer(tokenizer, model, baseline)
     base = None if baseline is None else _open(baseline, place, precision, fast)
 
-    settings: dict[str, Any] = {
-        "device": subject.device.type,
-        "dtype": str(subject.dtype).removeprefix("torch."),
-        "fast": fast,
-    }
-    metrics: list[Metric] = []
+    numbers = str(subject.dtype).removeprefix("torch.")
+    settings: dict[str, Any] = {"device": subject.device.type, "dtype": numbers, "fast": fast}
+    ids, metrics = None, list[Metric]()
     if text is not None and content is not None:
         from compress.evaluation.perplexity import windows as cut
 
         seqlen = _seqlen(seqlen, subject)
         ids = cut(content, tokenizer, seqlen, windows)
-        settings |= {"text": Path(text).name, "text_sha256": hashlib.sha256(content.encode()).hexdigest()}
-        settings |= {"seqlen": seqlen, "windows": len(ids)}
-        metrics += _text_metrics(subject, base, ids, batch_size, progress)
-    if names:
-        from compress.evaluation.tasks import run_tasks
-
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        settings |= {"text": Path(text).name, "text_sha256": digest, "seqlen": seqlen, "windows": len(ids)}
+    if names:  # before the text: a wrong name or missing data shows at once
         options: dict[str, Any] = {"limit": limit, "task_dir": task_dir, "batch_size": batch_size}
-        found = run_tasks(subject, tokenizer, names, **options)
-        before = None if base is None else run_tasks(base, tokenizer, names, **options)
-        metrics += task_metrics(found, before)
+        metrics = _task_rows(subject, base, tokenizer, names, options)
         settings |= {"tasks": names, "limit": limit}
+    if ids is not None:
+        metrics = _text_rows(subject, base, ids, batch_size, progress) + metrics
 
     report = EvalReport(_name(model), None if base is None else _name(baseline), settings, tuple(metrics))
     _store(report, model)
     return report
 
 
-def _text_metrics(model: Any, base: Any, ids: Any, batch_size: int, progress: Any) -> list[Metric]:
+def _task_rows(model: Any, base: Any, tokenizer: Any, names: list[str], options: dict[str, Any]) -> list[Metric]:
+    from compress.evaluation.tasks import run_tasks
+
+    found = run_tasks(model, tokenizer, names, **options)
+    return task_metrics(found, None if base is None else run_tasks(base, tokenizer, names, **options))
+
+
+def _text_rows(model: Any, base: Any, ids: Any, batch_size: int, progress: Any) -> list[Metric]:
     """Rows of the text: perplexity, and beside a baseline also KL and agreement. Errors are over windows."""
     from compress.evaluation.divergence import divergence, mean_stderr
     from compress.evaluation.perplexity import exp_mean, perplexity

@@ -22,6 +22,7 @@ from compress.evaluation.report import Score
 
 BOOTSTRAP = 1000  # draws for metrics without a closed-form standard error
 _FILE_KEYS = ("data_files", "data_dir")
+_SURVEYS = ("get_git_commit_hash", "add_env_info")
 _FETCHERS = ("datasets", "huggingface_hub", "httpx")
 
 
@@ -167,14 +168,25 @@ def _beside(folder: Path, value: Any) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness warns about whatever is normal here (a model in memory, pad tokens); errors still show."""
+    """Keep the harness from warning about what is normal here (a model in memory), and from describing the machine.
+
+    `simple_evaluate` asks git for the working folder's commit, which complains on stderr outside a repository, and
+    spends seconds on a survey of the machine. Neither reaches our report.
+    """
+    from lm_eval import evaluator
+
     logger = logging.getLogger("lm_eval")
     level = logger.level
+    surveys = {name: vars(evaluator)[name] for name in _SURVEYS if name in vars(evaluator)}
     logger.setLevel(logging.ERROR)
+    for name in surveys:
+        setattr(evaluator, name, lambda *_: None)
     try:
         yield
     finally:
         logger.setLevel(level)
+        for name, survey in surveys.items():
+            setattr(evaluator, name, survey)
 
 
 @contextmanager

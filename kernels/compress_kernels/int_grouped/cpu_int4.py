@@ -12,7 +12,7 @@ import torch
 from compress_kernels import bits as bitpack
 
 _ROWS = 1024  # rows repacked at a time; a multiple of every block height that torch packs with
-ROWS_OF_X = 32  # from more tokens on, decoding tiles for the bf16 BLAS is faster (measured, kernels/README.md)
+ROWS_OF_X = 48  # from more tokens on, decoding tiles for the bf16 BLAS is faster (measured, kernels/README.md)
 
 
 def can_run(bits: int, group_size: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
