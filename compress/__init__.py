@@ -1,4 +1,4 @@
-"""compress: post-training compression for large language models. The API is lazy: importing it imports neither torch nor transformers."""
+"""compress: post-training compression for large language models. Lazy: importing it imports neither torch nor transformers."""
 
 from __future__ import annotations
 

@@ -100,13 +100,13 @@ def _skeleton(folder: Path) -> Skeleton:
     return Skeleton(load_config(folder, compressed=True))
 
 
-def unpack(reader: CheckpointReader, name: str, entry: dict[str, Any]) -> torch.Tensor:
-    """The dense weight (O, I) of one linear of an artifact, fp32."""
+def unpack(reader: CheckpointReader, name: str, entry: dict[str, Any], transposed: bool = False) -> torch.Tensor:
+    """The dense weight (O, I) of one linear of an artifact, fp32; `transposed` where the model stores (I, O)."""
     module = registry.by_kind(entry["kind"])
     shape = (int(entry["shape"][0]), int(entry["shape"][1]))
     if entry["kind"] == "dense":
         W = reader.read(f"{name}.weight").float()
-        return W if tuple(W.shape) == shape else W.T.contiguous()
+        return W.T.contiguous() if transposed else W
     suffixes = module.spec(entry["params"], shape, "F16")
     packed = Packed(entry["kind"], entry["version"], entry["params"], {s: reader.read(f"{name}.{s}") for s in suffixes}, shape)
     dense: torch.Tensor = (int_grouped if entry["kind"] == "int_grouped" else module).dequantize(packed)
@@ -122,16 +122,20 @@ def verify_deep(folder: Path, model: str | Path) -> list[str]:
     known = manifest.read(folder)
     origin = source.resolve(model)
     reader = CheckpointReader(folder)
-    view = CheckpointView(CheckpointReader(origin), Skeleton(load_config(origin)))
+    skeleton = Skeleton(load_config(origin))
+    view = CheckpointView(CheckpointReader(origin), skeleton)
     for name, digest in source.hashes(origin, view.reader.files()).items():
         if known["source"]["files"].get(name) != digest:
-            raise CompressError(f"{origin / name}: not the file that this artifact was made from", hint="give the very same checkpoint")
+            raise CompressError(
+                f"{origin / name}: not the file that this artifact was made from", hint="give the very same checkpoint"
+            )
     scaled = {n for row in known["search"] for n in _scaled(row)}
     problems = []
     for name, entry in known["linears"].items():
+        transposed = f"{name}.weight" in skeleton.conv1d_weights
         W = view.read(f"{name}.weight").float()
-        W = W if list(W.shape) == entry["shape"] else W.T.contiguous()
-        W_hat = unpack(reader, name, entry)
+        W = W.T.contiguous() if transposed else W
+        W_hat = unpack(reader, name, entry, transposed)
         error = _distance(W_hat, W, fit=any(name.endswith(f".{row}") for row in scaled))
         if not error <= entry["error"] * 1.02 + 1e-4 + (2e-3 if entry["kind"] == "dense" else 0):
             problems.append(f"{name}: {error:.4g} from the source, the manifest says {entry['error']:.4g}")

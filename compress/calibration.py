@@ -43,7 +43,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise CompressError(
-            f"{folder}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})", hint="copy the tokenizer files into the folder"
+            f"{folder}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})",
+            hint="copy the tokenizer files into the folder",
         ) from error
 
 
@@ -59,7 +60,9 @@ def pick_seqlen(seqlen: int | None, config: Any) -> int:
         seqlen = min(DEFAULT_SEQLEN, longest)
         logger.info("calibration windows of %d tokens (--seqlen)", seqlen)
     if not 2 <= seqlen <= longest:
-        raise CompressError(f"--seqlen {seqlen} does not fit the model's context of {longest}", hint=f"use 2..{longest}", usage=True)
+        raise CompressError(
+            f"--seqlen {seqlen} does not fit the model's context of {longest}", hint=f"use 2..{longest}", usage=True
+        )
     return seqlen
 
 
@@ -72,7 +75,8 @@ def windows(text: str, tokenizer: Any, nsamples: int, seqlen: int, seed: int | N
     count = len(ids) // seqlen
     if count == 0:
         raise CompressError(
-            f"{name}: {len(ids)} tokens are less than one window of {seqlen}", hint="give more text with --dataset, or a smaller --seqlen"
+            f"{name}: {len(ids)} tokens are less than one window of {seqlen}",
+            hint="give more text with --dataset, or a smaller --seqlen",
         )
     if count < nsamples:
         logger.warning("%s holds %d windows of %d tokens, not %d: using them all", name, count, seqlen, nsamples)
@@ -83,9 +87,7 @@ def windows(text: str, tokenizer: Any, nsamples: int, seqlen: int, seed: int | N
     return all_windows[order.sort().values].clone()
 
 
-def load(
-    dataset: str | Path | None, tokenizer: Any, *, nsamples: int, seqlen: int, seed: int | None, vocab: int
-) -> Calibration:
+def load(dataset: str | Path | None, tokenizer: Any, *, nsamples: int, seqlen: int, seed: int | None, vocab: int) -> Calibration:
     """Read, tokenize and hash the calibration windows. `vocab` is the model's vocabulary size."""
     if nsamples < 1:
         raise CompressError(f"--nsamples {nsamples} is not a number of windows", hint="use 1 or more", usage=True)
@@ -95,11 +97,14 @@ def load(
     documents = _read(path, tokenizer) if path.exists() else _hub(str(dataset), tokenizer)
     text = _join(documents, budget)
     if not text.strip():
-        raise CompressError(f"{name}: no text found", hint="jsonl and parquet need a `text` field, or `messages` in jsonl", usage=True)
+        raise CompressError(
+            f"{name}: no text found", hint="jsonl and parquet need a `text` field, or `messages` in jsonl", usage=True
+        )
     tokens = windows(text, tokenizer, nsamples, seqlen, seed, name)
     if int(tokens.max()) >= vocab:
         raise CompressError(
-            f"{name}: token {int(tokens.max())} is outside the model's vocabulary of {vocab}", hint="the tokenizer is another model's"
+            f"{name}: token {int(tokens.max())} is outside the model's vocabulary of {vocab}",
+            hint="the tokenizer is another model's",
         )
     return Calibration(tokens, hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), name if dataset is None else path.name)
 

@@ -82,7 +82,9 @@ def pick_device(device: str) -> str:
     if kind not in ("cpu", "cuda"):
         raise CompressError(f"--device {device!r} is unknown", hint="use auto, cpu, cuda or cuda:N", usage=True)
     if kind == "cuda" and not torch.cuda.is_available():
-        raise CompressError("--device cuda: torch sees no GPU", hint="use --device cpu, or install a CUDA build of torch", usage=True)
+        raise CompressError(
+            "--device cuda: torch sees no GPU", hint="use --device cpu, or install a CUDA build of torch", usage=True
+        )
     return device
 
 
@@ -157,26 +159,34 @@ def quantize(
     if _already_done(out, work_path, mark, resume):
         logger.info("%s is already there, made by the same job (--restart makes it again)", out)
         return _report(job, out, began, resumed=True)
+    on_disk = states == "disk" or (states == "auto" and calib is not None and _states_bytes(job, calib) > 4 << 30)
     work = WorkDir(work_path, mark, restart=not resume)
     resumed = work.done > 0
     try:
-        writer = CheckpointWriter(work.artifact, job.layout.plan, job.max_shard)
-        _check_space(work, writer)
-        on_disk = states == "disk" or (states == "auto" and calib is not None and _states_bytes(job, calib) > 4 << 30)
-        tokens = calib.tokens if calib is not None else None
-        walk = Walk(
-            job.skeleton, job.view, job.layout, job.method, job.config, tokens, job.batch_size, job.device, job.dtype, on_disk, progress
+        _walk(job, calib, work, on_disk, progress)
+        artifact.write_companions(
+            job.folder, work.artifact, job.layout, job.config.params(), job.skeleton, job.method_name, job.name
         )
-        Forward(walk, writer, work).run()
-        writer.finish()
-        artifact.write_companions(job.folder, work.artifact, job.layout, job.config.params(), job.skeleton, job.method_name, job.name)
         records = {"linears": work.state["linears"], "search": work.state["search"]}
         artifact.write_manifest(work.artifact, {**facts, "job": mark, "format": format, **records})
         work.publish(out, keep=work_dir is not None)
-    except BaseException:
+    finally:
         work.close()
-        raise
     return _report(job, out, began, resumed)
+
+
+def _walk(
+    job: Job, calib: calibration.Calibration | None, work: WorkDir, on_disk: bool, progress: Callable[[Progress], None] | None
+) -> None:
+    """Compress every block and finish the shards."""
+    writer = CheckpointWriter(work.artifact, job.layout.plan, job.max_shard)
+    _check_space(work, writer)
+    tokens = calib.tokens if calib is not None else None
+    walk = Walk(
+        job.skeleton, job.view, job.layout, job.method, job.config, tokens, job.batch_size, job.device, job.dtype, on_disk, progress
+    )  # fmt: skip
+    Forward(walk, writer, work).run()
+    writer.finish()
 
 
 def dry_run(
@@ -191,8 +201,8 @@ def dry_run(
     )  # fmt: skip
     size = sum(s.size for s in plan_shards(job.layout.plan, job.max_shard))
     tokens = job.nsamples * (job.seqlen or 0) if job.method.CALIBRATED else 0
-    return estimate(job.skeleton, job.view, job.layout, job.method, job.config, size, tokens, job.batch_size, job.seqlen or 0, job.dtype,
-                    states)  # fmt: skip
+    windows = (tokens, job.batch_size, job.seqlen or 0)
+    return estimate(job.skeleton, job.view, job.layout, job.method, job.config, size, *windows, job.dtype, states)
 
 
 def _calibrate(job: Job, dataset: str | Path | None, seed: int | None, trust_remote_code: bool) -> calibration.Calibration:

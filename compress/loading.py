@@ -301,9 +301,7 @@ def _replace(
     return tensors, plan, dense
 
 
-def _load_compressed(
-    model: PreTrainedModel, reader: CheckpointReader, settings: Mapping[str, Any], device: torch.device
-) -> None:
+def _load_compressed(model: PreTrainedModel, reader: CheckpointReader, settings: Mapping[str, Any], device: torch.device) -> None:
     """Fill the empty model from the artifact, one linear or dense tensor at a time."""
     tensors, plan, dense = _replace(model, reader, settings)
     absent = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())

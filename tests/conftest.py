@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: a second thread only waits
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
@@ -33,14 +34,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {**_LLAMA, "head_dim": 32},
     "gemma": {**_LLAMA, "head_dim": 16},
     "gemma2": {**_LLAMA, "head_dim": 32, "sliding_window": 8},
-    "gemma3_text": {**_LLAMA, "head_dim": 32, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": {
+        **_LLAMA,
+        "head_dim": 32,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "phi3": _LLAMA,
     "opt": {**_SMALL, "ffn_dim": 128, "word_embed_proj_dim": 64},
     "gpt2": {**_SMALL, "n_inner": 128},
 }
 GENERIC: dict[str, dict[str, Any]] = {
     "stablelm": _LLAMA,
-    "gpt_neox": {**_SMALL, "intermediate_size": 128},
+    "gptj": {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 64},
     "cohere": _LLAMA,
     "starcoder2": _LLAMA,
 }
@@ -121,7 +127,12 @@ def cli() -> Callable[..., Outcome]:
 def python(code: str, *args: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     """Run a Python snippet in a fresh interpreter."""
     return subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=600, check=False, **kwargs
+        [sys.executable, "-c", code, *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        **kwargs,
     )
 
 

@@ -118,7 +118,9 @@ def test_the_quantizer_is_the_official_one_on_its_vectors() -> None:
             assert torch.allclose(fake(v, grid), torch.tensor(want["w_hat"]), atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"bits": 3}, {"bits": 2, "symmetric": True}, {"bits": 3, "quality": True}, {"group_size": -1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"bits": 3}, {"bits": 2, "symmetric": True}, {"bits": 3, "quality": True}, {"group_size": -1}]
+)
 def test_no_search_ends_above_plain_rounding_on_real_weights(options: dict[str, Any], tmp_path: Path) -> None:
     import compress
 

@@ -107,7 +107,7 @@ def test_no_shard_is_larger_than_asked_unless_one_tensor_is() -> None:
     plan = [Planned(f"t{i}", "F32", (10,)) for i in range(20)]
     shards = plan_shards(plan, 100)
     assert all(len(s.offsets) == 2 for s in shards)
-    assert [s.file for s in shards][0] == "model-00001-of-00010.safetensors"
+    assert shards[0].file == "model-00001-of-00010.safetensors"
 
 
 def test_a_half_written_shard_never_has_its_final_name(tmp_path: Path) -> None:

@@ -162,9 +162,7 @@ def test_divergence_of_two_known_distributions():
 def test_vocabularies_of_different_size_cannot_be_compared(model, ids):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    small = LlamaConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32016
-    )
+    small = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32016)
     with pytest.raises(CompressError, match="32000 tokens, the model 32016"):
         divergence(model, LlamaForCausalLM(small), ids[:1])
 
@@ -245,9 +243,7 @@ def test_data_files_are_found_beside_the_yaml_that_names_them(tmp_path):
     (source / "deep").mkdir(parents=True)
     scratch.mkdir()
     (source / "rows.jsonl").write_text("{}\n")
-    (source / "shared").write_text(
-        "doc_to_text: !function f.g\ndataset_kwargs: {data_files: [rows.jsonl, hub.jsonl]}\n"
-    )
+    (source / "shared").write_text("doc_to_text: !function f.g\ndataset_kwargs: {data_files: [rows.jsonl, hub.jsonl]}\n")
     (source / "deep" / "one.yaml").write_text("include: ../shared\ntask: one\n")
     (source / "two.yaml").write_text("task: two\n")
     local_tasks(source, scratch)
@@ -370,8 +366,6 @@ def test_the_table_shows_baseline_change_and_errors():
 
 
 def test_importing_evaluation_imports_no_torch():
-    code = (
-        "import sys, compress.evaluation; print([m for m in ('torch', 'transformers', 'lm_eval') if m in sys.modules])"
-    )
+    code = "import sys, compress.evaluation; print([m for m in ('torch', 'transformers', 'lm_eval') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=EXAMPLES.parent)
     assert done.stdout.strip() == "[]"

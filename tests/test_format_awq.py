@@ -41,9 +41,7 @@ def test_symmetric_weights_are_stored_with_zeros_of_eight() -> None:
     q, scale, _ = random_grid(16, 2, 32, 0)
     packed = awq.pack(q, scale, None, bits=4, group_size=32)
     assert awq.unpack(packed)[2].unique().tolist() == [8]
-    assert torch.equal(
-        awq.dequantize(packed), int_grouped.dequantize(int_grouped.pack(q, scale, None, bits=4, group_size=32))
-    )
+    assert torch.equal(awq.dequantize(packed), int_grouped.dequantize(int_grouped.pack(q, scale, None, bits=4, group_size=32)))
 
 
 @pytest.mark.parametrize("group_size", [32, -1])

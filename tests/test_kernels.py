@@ -19,9 +19,7 @@ from hypothesis import strategies as st
 Weight = tuple[dict[str, torch.Tensor], dict[str, int], tuple[int, int]]
 
 
-def random_weight(
-    O: int, I: int, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype = torch.float32
-) -> Weight:
+def random_weight(O: int, I: int, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype = torch.float32) -> Weight:
     """Tensors, params and shape of a weight with random codes, scales in `dtype`, outputs of size about 1."""
     g = torch.Generator().manual_seed(O + I + bits)
     G = 1 if group_size == -1 else I // group_size
@@ -113,9 +111,7 @@ needs_int4pack = pytest.mark.skipif(
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("O", "I", "group_size"), [(16, 32, 32), (48, 128, 64), (80, 256, -1), (1040, 128, 128)])
-def test_int4pack_is_close_to_the_reference(
-    O: int, I: int, group_size: int, symmetric: bool, stored: torch.dtype
-) -> None:
+def test_int4pack_is_close_to_the_reference(O: int, I: int, group_size: int, symmetric: bool, stored: torch.dtype) -> None:
     weight = tensors, params, shape = random_weight(O, I, 4, group_size, symmetric, stored)
     p = int_grouped.prepare(tensors, params, shape, torch.bfloat16)
     assert p.path == "int4pack"
@@ -170,9 +166,7 @@ def test_the_tiled_op_passes_torchs_own_checks(symmetric: bool) -> None:
     p = int_grouped.prepare(tensors, params, shape, torch.float32)
     bias = None if symmetric else torch.zeros(16)
     args = (torch.randn(2, 3, 32), p.words, p.scale, p.zero, bias, 4)
-    torch.library.opcheck(
-        tiled.linear, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    )
+    torch.library.opcheck(tiled.linear, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

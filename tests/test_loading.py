@@ -111,9 +111,7 @@ def compressed(model: Any) -> dict[str, CompressedLinear]:
 @pytest.mark.parametrize("size", [32, -1])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_logits_equal_the_dense_model_and_stock_transformers(
-    tmp_path: Path, bits: int, symmetric: bool, size: int
-) -> None:
+def test_logits_equal_the_dense_model_and_stock_transformers(tmp_path: Path, bits: int, symmetric: bool, size: int) -> None:
     dense = write(tmp_path / "a", llama(), bits=bits, size=size, symmetric=symmetric)
     model = compress.load(tmp_path / "a", device="cpu")
     assert not model.training
@@ -154,9 +152,7 @@ def test_every_kind_of_family_loads_with_its_biases_and_ties(tmp_path: Path, con
 
 def test_a_head_may_be_compressed_though_the_config_ties_it(tmp_path: Path) -> None:
     dense = write(tmp_path / "a", llama(tie_word_embeddings=True))
-    packed = int_grouped.pack(
-        torch.full((64, 64), 9, dtype=torch.uint8), torch.ones(64, 2), None, bits=4, group_size=32
-    )
+    packed = int_grouped.pack(torch.full((64, 64), 9, dtype=torch.uint8), torch.ones(64, 2), None, bits=4, group_size=32)
     edit_tensors(tmp_path / "a", lambda t: t.update({f"lm_head.{s}": v for s, v in packed.tensors.items()}))
     dense.lm_head.weight = torch.nn.Parameter(int_grouped.dequantize(packed))
     model = compress.load(tmp_path / "a", device="cpu")
@@ -293,9 +289,7 @@ STOCK = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretra
 def test_stock_transformers_refuses_a_guarded_artifact(tmp_path: Path) -> None:
     quantization = settings(4, 32, True, format="compress-int_grouped")
     write(tmp_path / "a", llama(), quantization=quantization)
-    run = subprocess.run(
-        [sys.executable, "-c", STOCK, str(tmp_path / "a")], capture_output=True, text=True, check=False
-    )
+    run = subprocess.run([sys.executable, "-c", STOCK, str(tmp_path / "a")], capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert "ValidationError" in run.stderr
     assert "compress-int_grouped" in run.stderr

@@ -35,12 +35,14 @@ def read(folder: Path) -> dict[str, Any]:
     if not (folder / FILE).is_file():
         hint = "an unfinished run? run the same command again to finish it" if folder.name.endswith(".partial") else None
         raise CompressError(
-            f"{folder}: no {FILE}, so this is not a finished artifact of compress", hint=hint or "give the folder that compress wrote"
+            f"{folder}: no {FILE}, so this is not a finished artifact of compress",
+            hint=hint or "give the folder that compress wrote",
         )
     manifest = read_json(folder / FILE)
     if manifest.get("schema") != SCHEMA:
         raise CompressError(
-            f"{folder / FILE}: schema {manifest.get('schema')!r}, this version reads {SCHEMA}", hint="upgrade llm-compress"
+            f"{folder / FILE}: schema {manifest.get('schema')!r}, this version reads {SCHEMA}",
+            hint="upgrade llm-compress",
         )
     return manifest
 

@@ -111,7 +111,8 @@ class CheckpointReader:
                 hint="convert once, where you trust the file: AutoModelForCausalLM.from_pretrained(…).save_pretrained(NEW)",
             )
         raise CompressError(
-            f"{self.folder}: no {SINGLE} and no {INDEX}", hint="is this a Hugging Face model folder with safetensors weights?"
+            f"{self.folder}: no {SINGLE} and no {INDEX}",
+            hint="is this a Hugging Face model folder with safetensors weights?",
         )
 
     def _scan_index(self) -> dict[str, Entry]:

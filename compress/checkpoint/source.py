@@ -10,7 +10,20 @@ from compress.checkpoint.reader import INDEX
 from compress.errors import CompressError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json", ".tflite", ".ot")
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".index.json",
+    ".tflite",
+    ".ot",
+)
 _REWRITTEN = ("config.json", "README.md", "manifest.json", "report.json")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -17,7 +17,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and more l
 
 
 def inspect_artifact(
-    artifact: Annotated[Path, typer.Argument(help="A folder that compress wrote.")], as_json: Json = False, debug: Debug = False
+    artifact: Annotated[Path, typer.Argument(help="A folder that compress wrote.")],
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Say what an artifact is: method, bits, size, worst linears, and where it loads."""
     from compress.audit import describe
@@ -30,7 +32,9 @@ def inspect_artifact(
     print(f"{artifact}: {d.name}, {d.method}, format {d.format}")
     print(f"  settings   {changed}")
     print(f"  linears    {d.linears} at {d.bits_linears:.3f} bits per weight")
-    print(f"  model      {d.parameters / 1e6:.1f}M parameters at {d.bits_model:.3f} bits per weight with embeddings, {size(d.bytes)}")
+    print(
+        f"  model      {d.parameters / 1e6:.1f}M parameters at {d.bits_model:.3f} bits per weight with embeddings, {size(d.bytes)}"
+    )
     if d.source_bytes:
         print(f"  original   {size(d.source_bytes)}: {d.source_bytes / d.bytes:.2f}x smaller")
     print(f"  error      mean {d.mean_error:.4f} (relative, weights); worst:")
@@ -50,7 +54,7 @@ def inspect_artifact(
 def verify_artifact(
     artifact: Annotated[Path, typer.Argument(help="A folder that compress wrote.")],
     deep: Annotated[bool, typer.Option("--deep", help="Dequantize every linear and compare it with the source.")] = False,
-    source: Annotated[Optional[str], typer.Option(help="The source checkpoint, for --deep.")] = None,
+    source: Annotated[str | None, typer.Option(help="The source checkpoint, for --deep.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

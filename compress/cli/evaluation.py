@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -14,13 +14,15 @@ from compress.cli.artifacts import Debug, Json
 
 def evaluate_model(
     model: Annotated[str, typer.Argument(help="An artifact, a model folder, or a hub id.")],
-    baseline: Annotated[Optional[str], typer.Option(help="The dense model to compare with.")] = None,
-    text: Annotated[Optional[Path], typer.Option(help="A .txt file: perplexity and, with a baseline, KL divergence on its windows.")] = None,
-    seqlen: Annotated[Optional[int], typer.Option(help="Tokens per window; default min(512, the model's context).")] = None,
-    windows: Annotated[Optional[int], typer.Option(help="Use the first N windows only.")] = None,
-    tasks: Annotated[Optional[list[str]], typer.Option(help="lm-eval tasks; may be repeated or comma-separated.")] = None,
-    limit: Annotated[Optional[int], typer.Option(help="Documents per task.")] = None,
-    task_dir: Annotated[Optional[Path], typer.Option(help="A folder of lm-eval task YAMLs.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="The dense model to compare with.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A .txt file: perplexity and, with a baseline, KL divergence on its windows.")
+    ] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens per window; default min(512, the model's context).")] = None,
+    windows: Annotated[int | None, typer.Option(help="Use the first N windows only.")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="lm-eval tasks; may be repeated or comma-separated.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents per task.")] = None,
+    task_dir: Annotated[Path | None, typer.Option(help="A folder of lm-eval task YAMLs.")] = None,
     batch_size: Annotated[int, typer.Option(help="Windows or requests per batch.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     fast: Annotated[bool, typer.Option("--fast", help="Use the fastest kernels instead of the exact path.")] = False,

@@ -9,7 +9,7 @@ import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -21,20 +21,20 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MI
 _COMMON: dict[str, tuple[Any, Any]] = {
     "model": (Annotated[str, typer.Argument(help="A model folder, or a hub id such as org/name.")], inspect.Parameter.empty),
     "method": (Annotated[str, typer.Option("-m", "--method", help="The method; `compress methods` lists them.")], DEFAULT_METHOD),
-    "out": (Annotated[Optional[Path], typer.Option("-o", "--out", help="Where the artifact goes (required, but for --dry-run).")], None),
+    "out": (Annotated[Path | None, typer.Option("-o", "--out", help="Where the artifact goes; needed but for --dry-run.")], None),
     "dataset": (
-        Annotated[Optional[str], typer.Option(help=".txt, .jsonl, .parquet, a folder, or hub name[:config][:split]; default: built in.")],
+        Annotated[str | None, typer.Option(help=".txt, .jsonl, .parquet, folder, or hub name[:config][:split]; default: ours.")],
         None,
     ),
     "nsamples": (Annotated[int, typer.Option(help="Calibration windows.")], 128),
-    "seqlen": (Annotated[Optional[int], typer.Option(help="Tokens per window; default min(512, the model's context).")], None),
-    "seed": (Annotated[Optional[int], typer.Option(help="Choose windows at random; default: the first ones.")], None),
-    "batch_size": (Annotated[Optional[int], typer.Option(help="Windows per batch; default: about 1024 tokens.")], None),
+    "seqlen": (Annotated[int | None, typer.Option(help="Tokens per window; default min(512, the model's context).")], None),
+    "seed": (Annotated[int | None, typer.Option(help="Choose windows at random; default: the first ones.")], None),
+    "batch_size": (Annotated[int | None, typer.Option(help="Windows per batch; default: about 1024 tokens.")], None),
     "device": (Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")], "auto"),
     "format": (Annotated[str, typer.Option(help="pack-quantized, awq (4-bit gemm, for vLLM) or dense.")], "pack-quantized"),
-    "ignore": (Annotated[Optional[list[str]], typer.Option(help="Leave a linear dense: full name or 're:…'; may be repeated.")], None),
+    "ignore": (Annotated[list[str] | None, typer.Option(help="Leave a linear dense: full name or 're:…'; may be repeated.")], None),
     "states": (Annotated[str, typer.Option(help="Calibration states in ram or on disk; auto: disk above 4 GiB.")], "auto"),
-    "work_dir": (Annotated[Optional[Path], typer.Option(help="Work folder, kept with report.jsonl; default OUT.partial, removed.")], None),
+    "work_dir": (Annotated[Path | None, typer.Option(help="Work folder, kept with report.jsonl; default OUT.partial.")], None),
     "restart": (Annotated[bool, typer.Option("--restart", help="Discard unfinished work or an older result.")], False),
     "max_shard_size": (Annotated[str, typer.Option(help="Largest weight file, such as 5GB.")], "5GB"),
     "trust_remote_code": (Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")], False),
@@ -47,8 +47,7 @@ _COMMON: dict[str, tuple[Any, Any]] = {
 def quantize_command(method: str | None) -> Callable[..., None]:
     """A function whose signature Typer reads: the common options and, for a chosen method, its own."""
     names = registry.names("methods")
-    chosen = method if method is not None and method.replace("-", "_").lower() in names else None
-    config = registry.load("methods", chosen).Config if chosen else None
+    config = registry.load("methods", method).Config if method is not None else None
     parameters = [_parameter(name, annotation, default) for name, (annotation, default) in _COMMON.items()]
     fields = dataclasses.fields(config) if config is not None else ()
     if config is not None:
@@ -60,7 +59,7 @@ def quantize_command(method: str | None) -> Callable[..., None]:
         _quantize({k: v for k, v in values.items() if k not in own}, {k: v for k, v in values.items() if k in own})
 
     listing = "\n".join(f"  {n:8s} {registry.summary('methods', n)}" for n in names)
-    which = f"Options of {chosen} are below." if chosen else "Add -m NAME to see that method's options."
+    which = f"Options of {method} are below." if method else "Add -m NAME to see that method's options."
     run.__doc__ = f"Quantize a Hugging Face checkpoint.\n\n\b\nMethods:\n{listing}\n\n{which}"
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -98,7 +97,6 @@ def parse_size(text: str) -> int:
 
 
 def _quantize(common: dict[str, Any], options: dict[str, Any]) -> None:
-    registry.load("methods", common["method"])  # an unknown method is the first thing to say
     from compress import fit, log
 
     log.configure(common.pop("debug"))
@@ -134,7 +132,9 @@ def size(count: int) -> str:
 
 def _progress(p: Any) -> None:
     left = f"{p.left / 60:.1f} min left" if p.left >= 90 else f"{p.left:.0f} s left"
-    line = f"block {p.block + 1:3d}/{p.blocks}  error {p.error:.4f}  {p.bits:.2f} bits  {p.seconds:5.1f} s  {left}  rss {size(p.rss)}"
+    line = (
+        f"block {p.block + 1:3d}/{p.blocks}  error {p.error:.4f}  {p.bits:.2f} bits  {p.seconds:5.1f} s  {left}  rss {size(p.rss)}"
+    )
     print(line, file=sys.stderr, flush=True)
 
 

@@ -161,9 +161,7 @@ def _tokenizer(tokenizer: Any, *models: Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(resolve(source)))
     except (OSError, ValueError) as error:
-        raise CompressError(
-            f"{source}: no tokenizer could be loaded from it ({error})", hint="pass --tokenizer"
-        ) from error
+        raise CompressError(f"{source}: no tokenizer could be loaded from it ({error})", hint="pass --tokenizer") from error
 
 
 def _seqlen(seqlen: int | None, model: Any) -> int:
@@ -174,9 +172,7 @@ def _seqlen(seqlen: int | None, model: Any) -> int:
         seqlen = min(512, context or 512)
         _log.info("windows of %d tokens (--seqlen to change)", seqlen)
     elif context and seqlen > context:
-        raise CompressError(
-            f"seqlen {seqlen}: the model's context is {context}", hint=f"use --seqlen {context}", usage=True
-        )
+        raise CompressError(f"seqlen {seqlen}: the model's context is {context}", hint=f"use --seqlen {context}", usage=True)
     return seqlen
 
 

@@ -88,9 +88,7 @@ def exp_mean(nll: list[float]) -> float:
     """exp of the mean of `nll`; a loss too large to have a perplexity is an error."""
     mean = math.fsum(nll) / len(nll)
     if mean > 700:
-        raise CompressError(
-            f"mean loss {mean:.4g} nats: the perplexity overflows", hint="the model is broken: compress verify"
-        )
+        raise CompressError(f"mean loss {mean:.4g} nats: the perplexity overflows", hint="the model is broken: compress verify")
     return math.exp(mean)
 
 

@@ -73,9 +73,7 @@ def task_metrics(
             )
             if before := (baseline or {}).get(task, {}).get(metric):
                 left, error = recovery(score, before)
-                row = replace(
-                    row, baseline=before.value, baseline_stderr=before.stderr, change=left, change_stderr=error
-                )
+                row = replace(row, baseline=before.value, baseline_stderr=before.stderr, change=left, change_stderr=error)
             rows.append(row)
     return rows
 

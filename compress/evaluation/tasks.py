@@ -118,9 +118,7 @@ def _manager(tasks: list[str], task_dir: str | Path | None, scratch: Path) -> An
 def local_tasks(task_dir: Path, scratch: Path) -> Path:
     """Fill `scratch` with a YAML for each one below `task_dir`; data files lie beside the YAML that names them."""
     if not task_dir.is_dir():
-        raise CompressError(
-            f"{task_dir}: no such folder", hint="--task-dir takes a folder of lm-eval YAML tasks", usage=True
-        )
+        raise CompressError(f"{task_dir}: no such folder", hint="--task-dir takes a folder of lm-eval YAML tasks", usage=True)
     for number, path in enumerate(sorted(task_dir.resolve().rglob("*.yaml"))):
         wrapper: dict[str, Any] = {"include": str(path)}
         settings, folder = _dataset_kwargs(path)

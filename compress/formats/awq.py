@@ -29,11 +29,12 @@ _INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
 
 def _check(bits: int, rows: int) -> None:
     if bits != 4:
-        raise CompressError(f"AWQ's gemm layout has 4 bits, not {bits}", hint="use --format pack-quantized")
+        raise CompressError(f"AWQ's gemm layout has 4 bits, not {bits}", hint="use --format pack-quantized", usage=True)
     if rows % 8:
         raise CompressError(
             f"AWQ's gemm layout needs outputs divisible by 8, not {rows}",
             hint="use --format pack-quantized, or --ignore this linear",
+            usage=True,
         )
 
 

@@ -46,9 +46,7 @@ def spec(params: Mapping[str, Any], shape: tuple[int, int], dtype: str) -> dict[
     return out
 
 
-def pack(
-    q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, *, bits: int, group_size: int
-) -> Packed:
+def pack(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, *, bits: int, group_size: int) -> Packed:
     """Pack codes q (O, I) uint8, scale (O, G) and zero (O, G) uint8 (None: symmetric)."""
     shape = (int(q.shape[0]), int(q.shape[1]))
     tensors = {

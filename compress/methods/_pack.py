@@ -9,13 +9,13 @@ from compress.methods._quantizer import Grid, encode, fit
 from compress.types import Packed
 
 
-def quantize(W: torch.Tensor, grid: Grid, target: torch.Tensor | None = None) -> tuple[Packed, float]:
-    """Round W (O, I), any float dtype, to the grid and pack it.
+def quantize(W: torch.Tensor, grid: Grid, fitted: tuple[torch.Tensor, torch.Tensor] | None = None) -> tuple[Packed, float]:
+    """Round W (O, I), any float dtype, to the grid and pack it; `fitted` is (scale, zero) (O, G) where already chosen.
 
-    Also returns the relative Frobenius error of what unpacks again against `target` (default W).
+    Also returns the relative Frobenius error of what unpacks again.
     """
     W = W.float().contiguous()
-    scale, zero = fit(W, grid)
+    scale, zero = fit(W, grid) if fitted is None else fitted
     q = encode(W, scale, zero, grid)
     packed = int_grouped.pack(
         q.cpu(),
@@ -24,7 +24,6 @@ def quantize(W: torch.Tensor, grid: Grid, target: torch.Tensor | None = None) ->
         bits=grid.bits,
         group_size=grid.group_size,
     )
-    target = W if target is None else target
-    norm = float(torch.linalg.vector_norm(target))
-    error = float(torch.linalg.vector_norm(int_grouped.dequantize(packed).to(target.device).sub_(target)))
+    norm = float(torch.linalg.vector_norm(W))
+    error = float(torch.linalg.vector_norm(int_grouped.dequantize(packed).to(W.device).sub_(W)))
     return packed, error / norm if norm else error

@@ -51,7 +51,9 @@ def check_grid(bits: int, group_size: int, sym_scale: str) -> None:
     if bits not in (2, 3, 4, 8):
         raise CompressError(f"--bits {bits} is not supported", hint="use 2, 3, 4 or 8", usage=True)
     if group_size != -1 and (group_size < 1):
-        raise CompressError(f"--group-size {group_size} is not a group", hint="use a positive size, or -1 for one per row", usage=True)
+        raise CompressError(
+            f"--group-size {group_size} is not a group", hint="use a positive size, or -1 for one per row", usage=True
+        )
     if sym_scale not in SYM_SCALES:
         raise CompressError(f"--sym-scale {sym_scale!r} is unknown", hint=f"use one of {', '.join(SYM_SCALES)}", usage=True)
 
@@ -95,6 +97,16 @@ def fit_range(lo: torch.Tensor, hi: torch.Tensor, grid: Grid) -> tuple[torch.Ten
     return scale, torch.round(-lo / scale).clamp_(0, grid.levels)
 
 
+def ranges(lo: torch.Tensor, hi: torch.Tensor, grid: Grid) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """`fit_range`, and for asymmetric grids the same scale with the zero-point rounded the other way."""
+    scale, zero = fit_range(lo, hi, grid)
+    if grid.symmetric or not grid.extend_zero:
+        return [(scale, zero)]
+    exact = -lo.clamp(max=0) / scale
+    other = torch.where(exact > zero, zero + 1, zero - 1).clamp_(0, grid.levels)
+    return [(scale, zero), (scale, other)]
+
+
 def _round(v: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Codes as fp32 for v (…, G, g) with scale and zero (…, G)."""
     return torch.round(v / scale.unsqueeze(-1)).add_(zero.unsqueeze(-1)).clamp_(0, grid.levels)
@@ -111,7 +123,7 @@ def fit(W: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     for i in range(_CLIP_STEPS):
         p = 1 - i / _CLIP_GRID
         s, z = fit_range(lo * p, hi * p, grid)
-        loss = (_decode(_round(v, s, z, grid), s, z) - v).abs_().pow_(_CLIP_NORM).sum(-1)
+        loss = (round_to(v, s, z, grid) - v).abs_().pow_(_CLIP_NORM).sum(-1)
         better = loss < best
         best = torch.where(better, loss, best)
         scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
@@ -120,6 +132,11 @@ def fit(W: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _decode(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
     return q.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1))
+
+
+def round_to(v: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """v (…, G, g) on the grid given by scale and zero (…, G), dequantized."""
+    return _decode(_round(v, scale, zero, grid), scale, zero)
 
 
 def encode(W: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -132,4 +149,4 @@ def fake(W: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Quantize and dequantize W (O, I), fp32."""
     scale, zero = fit(W, grid)
     v = W.view(W.shape[0], -1, grid.size(W.shape[1]))
-    return _decode(_round(v, scale, zero, grid), scale, zero).view(W.shape)
+    return round_to(v, scale, zero, grid).view(W.shape)

@@ -30,7 +30,7 @@ import torch
 
 from compress.errors import CompressError
 from compress.methods._pack import quantize
-from compress.methods._quantizer import Grid, check_grid, check_groups, fake
+from compress.methods._quantizer import Grid, check_grid, check_groups, fake, fit_range, ranges, round_to
 from compress.stats import InputStats
 from compress.types import Block, Collect, Packed, Result, Runner, Scaling, Stat
 
@@ -62,7 +62,9 @@ class Config:
         check_grid(self.bits, self.group_size, self.sym_scale)
         for name, known in (("duo", DUO), ("search", ("fast", "full"))):
             if getattr(self, name) not in known:
-                raise CompressError(f"--{name} {getattr(self, name)!r} is unknown", hint=f"use one of {', '.join(known)}", usage=True)
+                raise CompressError(
+                    f"--{name} {getattr(self, name)!r} is unknown", hint=f"use one of {', '.join(known)}", usage=True
+                )
         for name, least, most in (("grid", 1, 1000), ("clip_steps", 1, 20), ("keep", 1, 1000)):
             if not least <= getattr(self, name) <= most:
                 option = name.replace("_", "-")
@@ -186,9 +188,7 @@ def losses(
     """Mean squared output error of each candidate over the given batches."""
     out = []
     for candidate in tried:
-        W_hat = {
-            c: fake(_weight(block, c) * candidate.s, grid).div_(candidate.s) for c in mapping.consumers if c in block.weights
-        }
+        W_hat = {c: fake(_weight(block, c) * candidate.s, grid).div_(candidate.s) for c in mapping.consumers if c in block.weights}
         if mapping.inspect in W_hat:
             W = _weight(block, mapping.inspect)
             out.append(stats[mapping.inspect].quadratic(W_hat[mapping.inspect] - W) / W.shape[0])
@@ -265,48 +265,56 @@ class Fold:
         return out
 
 
-def clip(W: torch.Tensor, gram: torch.Tensor, grid: Grid, steps: int) -> torch.Tensor:
-    """Clamp each (row, group) of W (O, I) to the m that minimises the mean of (sum_c x_c (Q(w_c) - w_c))^2 over the tokens.
+def clip(W: torch.Tensor, gram: torch.Tensor, grid: Grid, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The (scale, zero), each (O, G), that minimise the mean of (sum_c x_c (Q(w_c) - w_c))^2 per row and group of W (O, I).
 
-    `gram` (G, g, g) is the mean of x xᵀ in each group. m = max|w| (1 - i/20), i = 0 … steps-1 (llm-awq `auto_clip.py`; i = 0 is
-    a candidate, so the error never grows).
+    `gram` (G, g, g) is the mean of x xᵀ in each group. The range is clipped to +-m, m = max|w| (1 - i/20), i = 0 … steps-1
+    (llm-awq `auto_clip.py`; i = 0 is the unclipped range, so the error never grows); asymmetric grids try the zero-point's
+    both roundings, since a range clipped on both sides puts it exactly between two codes.
     """
-    out = torch.empty_like(W)
     G, g = gram.shape[0], gram.shape[1]
-    for rows in torch.arange(W.shape[0], device=W.device).split(max(1, _CHUNK // W.shape[1])):
-        w = W[rows]
-        v = w.view(len(rows), G, g)
-        most = v.abs().amax(-1, keepdim=True)
-        best, least = most.clone(), torch.full_like(most, torch.inf)
+    scales, zeros = [], []
+    for w in W.split(max(1, _CHUNK // W.shape[1])):
+        v = w.view(len(w), G, g)
+        lo, hi = v.amin(-1), v.amax(-1)
+        most = torch.maximum(hi, -lo)
+        scale, zero = fit_range(lo, hi, grid)
+        least = torch.full_like(most, torch.inf)
         for i in range(steps):
             m = most * (1 - i / 20)
-            delta = fake(torch.minimum(torch.maximum(v, -m), m).view(w.shape), grid).sub_(w).view(v.shape).transpose(0, 1)
-            error = (torch.bmm(delta, gram) * delta).sum(-1).T.unsqueeze(-1)
-            better = error < least
-            least, best = torch.where(better, error, least), torch.where(better, m, best)
-        out[rows] = torch.minimum(torch.maximum(v, -best), best).view(w.shape)
-    return out
+            for s, z in ranges(torch.maximum(lo, -m), torch.minimum(hi, m), grid):
+                delta = round_to(v, s, z, grid).sub_(v).transpose(0, 1)
+                error = (torch.bmm(delta, gram) * delta).sum(-1).T
+                better = error < least
+                least = torch.where(better, error, least)
+                scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
+        scales.append(scale)
+        zeros.append(zero)
+    return torch.cat(scales), torch.cat(zeros)
 
 
-def compress(
-    block: Block, stats: Mapping[str, InputStats], config: Config, run: Runner | None, scale_dtype: torch.dtype
-) -> Result:
+def compress(block: Block, stats: Mapping[str, InputStats], config: Config, run: Runner | None, scale_dtype: torch.dtype) -> Result:
     """Scale, clip and round one block."""
     config = config.resolved()
     grid = Grid(
-        config.bits, config.group_size, config.symmetric, scale_dtype, extend_zero=config.extend_zero, sym_scale=config.sym_scale
+        config.bits,
+        config.group_size,
+        config.symmetric,
+        scale_dtype,
+        extend_zero=config.extend_zero,
+        sym_scale=config.sym_scale,
     )
     found = [(m, *search(block, m, stats, config, run, grid)) for m in active(block)]
     fold = Fold(block, [(m, s) for m, s, _ in found])
     packed: dict[str, Packed] = {}
     errors: dict[str, float] = {}
     for name in block.weights:
-        W = clipped = fold.weight(name)
+        W, fitted = fold.weight(name), None
         if config.clip and name not in block.no_clip:
             gram = stats[name].group_gram()
             if name in fold.columns:
                 inverse = fold.columns[name].reciprocal().view(gram.shape[0], -1)
                 gram = gram * inverse.unsqueeze(1) * inverse.unsqueeze(2)
-            clipped = clip(W, gram, grid, config.clip_steps)
-        packed[name], errors[name] = quantize(clipped, grid, target=W)
+            fitted = clip(W, gram, grid, config.clip_steps)
+        packed[name], errors[name] = quantize(W, grid, fitted)
     return Result(packed, fold.tensors(), errors, {"scales": [r for *_, r in found]})

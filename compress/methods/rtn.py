@@ -49,9 +49,7 @@ def collects(block: Block, config: Config) -> Collect:
     return Collect()
 
 
-def compress(
-    block: Block, stats: Mapping[str, Any], config: Config, run: Runner | None, scale_dtype: torch.dtype
-) -> Result:
+def compress(block: Block, stats: Mapping[str, Any], config: Config, run: Runner | None, scale_dtype: torch.dtype) -> Result:
     """Round every linear of the block."""
     grid = Grid(
         config.bits, config.group_size, config.symmetric, scale_dtype,

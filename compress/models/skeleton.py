@@ -125,7 +125,8 @@ class Skeleton:
         if self.family is None:
             dense = [n for n, p in self.blocks[0].named_parameters() if p.dim() > 2]
             logger.warning(
-                "family %r is not in the table: blocks are %s; groups are read off a dry forward pass; no scale mapping is known, so "
+                "family %r is not in the table: blocks are %s; groups are read off a dry forward pass; no scale mapping is "
+                "known, so "
                 "AWQ can only search clipping%s", config.model_type, self.path,
                 f"; {', '.join(dense)} are not linears and stay dense" if dense else "",
             )  # fmt: skip
@@ -246,15 +247,14 @@ class Skeleton:
             keep: list[torch.Tensor] = []  # ids are unique only while the tensors live
 
             def note(name: str, readers: dict[int, list[str]] = readers, keep: list[torch.Tensor] = keep) -> Any:
-                def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-                    keep.append(args[0])
-                    readers.setdefault(id(args[0]), []).append(name)
+                def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+                    keep.append(inputs[0])
+                    readers.setdefault(id(inputs[0]), []).append(name)
 
                 return hook
 
             handles = [block.get_submodule(n).register_forward_pre_hook(note(n)) for n in names]
-            args, kwargs = self._calls[index][hidden.shape[0]]
-            _meta_call(block, hidden, args, kwargs)
+            _meta_call(block, hidden, *self._calls[index][hidden.shape[0]])
             for handle in handles:
                 handle.remove()
             found = [tuple(group) for group in readers.values()]
@@ -268,7 +268,12 @@ class Skeleton:
         return out[0] if isinstance(out, tuple) else out
 
     def run_module(
-        self, index: int, module: str, tensors: Mapping[str, torch.Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+        self,
+        index: int,
+        module: str,
+        tensors: Mapping[str, torch.Tensor],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
     ) -> torch.Tensor:
         """Output of one module of a block; `tensors` are the block's, by relative name."""
         inner = {n.removeprefix(f"{module}."): t for n, t in tensors.items() if n.startswith(f"{module}.")}
@@ -313,7 +318,7 @@ class CheckpointView:
                     f"{reader.folder}: tensor {name} is missing",
                     hint="mixture-of-experts checkpoints that store experts one by one are not supported yet"
                     if experts
-                    else "the checkpoint is incomplete, or config.json is another model's",
+                    else "the checkpoint is incomplete, config.json is another model's, or its tensors are renamed on load",
                 )
             if reader.shape(source) != shape:
                 raise CompressError(

@@ -31,7 +31,12 @@ def quantization_config(layout: Layout, params: dict[str, Any], skeleton: Skelet
         "num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "channel" if group == -1 else "group",
         "group_size": None if group == -1 else group, "dynamic": False, "actorder": None,
     }  # fmt: skip
-    one: dict[str, Any] = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    one: dict[str, Any] = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+    }
     if layout.guarded:
         one["format"] = f"compress-{layout.kind}"
     out: dict[str, Any] = {
@@ -49,7 +54,8 @@ def _card(name: str, method: str, layout: Layout, params: dict[str, Any], config
     rows = "\n".join(f"| {who} | {answer} |" for who, answer in loads(config))
     return (
         f"---\nlibrary_name: transformers\ntags: [compress, {method}]\n---\n# {name}, {method.upper()} {params['bits']}-bit\n\n"
-        f"Compressed with [llm-compress](https://pypi.org/project/llm-compress/): {method}, {params['bits']} bits, {kind}, {group}, "
+        f"Compressed with [llm-compress](https://pypi.org/project/llm-compress/): {method}, {params['bits']} bits, {kind}, "
+        f"{group}, "
         f"format `{layout.name}`. `manifest.json` records every linear's error, the settings and the hashes; "
         f"`compress verify` checks them.\n\n| loader | loads |\n| --- | --- |\n{rows}\n"
     )

@@ -67,8 +67,8 @@ def packed_bytes(packed: dict[str, int], skeleton: Skeleton) -> int:
 
 
 def _data_bytes(
-    skeleton: Skeleton, layout: Layout, method: ModuleType, config: Any, tokens: int, batch_size: int, seqlen: int, dtype: torch.dtype,
-    states: str, elements: int, largest: int,
+    skeleton: Skeleton, layout: Layout, method: ModuleType, config: Any, tokens: int, batch_size: int, seqlen: int,
+    dtype: torch.dtype, states: str, elements: int, largest: int,
 ) -> int:  # fmt: skip
     shapes = skeleton.linears(0)
     prefix = skeleton.prefix(0)
@@ -99,5 +99,7 @@ def _seconds(skeleton: Skeleton, config: Any, weights: int, tokens: int, size: i
     rounding = weights * 2.5e-8
     if not tokens:
         return rounding + size / 3e8
-    tried = (getattr(config, "grid", 20) + 2) * (0.125 if getattr(config, "search", "") == "fast" else 1) + getattr(config, "keep", 4)
+    tried = (getattr(config, "grid", 20) + 2) * (0.125 if getattr(config, "search", "") == "fast" else 1) + getattr(
+        config, "keep", 4
+    )
     return rounding * (tried + 12) + 2 * weights * tokens * (tried + 2) / flops + size / 3e8

@@ -29,7 +29,7 @@ from compress.formats import int_grouped
 from compress.models.skeleton import CheckpointView, Skeleton, check_finite
 from compress.pipeline.layout import Layout
 from compress.pipeline.resume import WorkDir
-from compress.pipeline.states import Store
+from compress.pipeline.states import ModuleInputs, Store, tensor_ids
 from compress.stats import InputStats
 from compress.types import Block, Collect, Result, Stat
 
@@ -82,53 +82,18 @@ def _trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-class _ModuleInputs:
-    """A module's call arguments per batch: what differs by batch is stored, what the walk holds anyway is referred to."""
-
-    def __init__(self, folder: Path | None, shared: set[int]) -> None:
-        self._store = Store(folder)
-        self._shared = shared
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def append(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._calls.append((tuple(self._put(a) for a in args), {k: self._put(v) for k, v in kwargs.items()}))
-
-    def _put(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or id(value) in self._shared:
-            return value
-        self._store.append(value)
-        return _Slot(len(self._store) - 1)
-
-    def __getitem__(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args, kwargs = self._calls[batch]
-        return tuple(self._get(a) for a in args), {k: self._get(v) for k, v in kwargs.items()}
-
-    def _get(self, value: Any) -> Any:
-        return self._store[value.index] if isinstance(value, _Slot) else value
-
-    def close(self) -> None:
-        self._store.close()
-
-
-@dataclass(frozen=True, slots=True)
-class _Slot:
-    index: int
-
-
-def _tensor_ids(value: Any) -> set[int]:
-    if isinstance(value, torch.Tensor):
-        return {id(value)}
-    if isinstance(value, (tuple, list)):
-        return set().union(*(_tensor_ids(v) for v in value))
-    if isinstance(value, dict):
-        return set().union(*(_tensor_ids(v) for v in value.values()))
-    return set()
-
-
 class _BlockRunner:
     """`types.Runner`: modules of one dense block over the kept inputs, the unchanged module's outputs computed once."""
 
-    def __init__(self, walk: Walk, index: int, params: Tensors, inputs: Mapping[str, _ModuleInputs], batches: int, folder: Path | None):
+    def __init__(
+        self,
+        walk: Walk,
+        index: int,
+        params: Tensors,
+        inputs: Mapping[str, ModuleInputs],
+        batches: int,
+        folder: Path | None,
+    ):
         self.batches = batches
         self._walk, self._index, self._params, self._inputs, self._folder = walk, index, params, inputs, folder
         self._dense: tuple[str, Store, dict[int, int]] | None = None
@@ -232,9 +197,7 @@ class Forward:
         """Parameters and buffers of a block as its module wants them, in the compute dtype on the device."""
         walk = self.walk
         prefix, block = walk.skeleton.prefix(index), walk.skeleton.blocks[index]
-        params = {
-            n: self._turn(prefix + n, tensors[n]).to(walk.device, walk.dtype) for n, _ in block.named_parameters()
-        }
+        params = {n: self._turn(prefix + n, tensors[n]).to(walk.device, walk.dtype) for n, _ in block.named_parameters()}
         return params | {n: b.to(walk.device) for n, b in block.named_buffers()}
 
     def _compressed(self, index: int) -> Tensors:
@@ -295,13 +258,13 @@ class Forward:
         return result
 
     @contextmanager
-    def _observe(self, index: int, collect: Collect) -> Iterator[tuple[dict[str, InputStats], dict[str, _ModuleInputs]]]:
+    def _observe(self, index: int, collect: Collect) -> Iterator[tuple[dict[str, InputStats], dict[str, ModuleInputs]]]:
         """Hooks that fill statistics and keep module inputs while the block runs."""
         walk, block = self.walk, self.walk.skeleton.blocks[index]
         assert walk.tokens is not None
-        shared = set().union(*(_tensor_ids(call) for call in walk.skeleton.calls(index)))
+        shared = set().union(*(tensor_ids(call) for call in walk.skeleton.calls(index)))
         stats: dict[str, InputStats] = {}
-        inputs = {m: _ModuleInputs(self.folder, shared) for m in collect.modules}
+        inputs = {m: ModuleInputs(self.folder, shared) for m in collect.modules}
         handles = []
 
         def observe(name: str, want: Stat) -> None:

@@ -75,13 +75,13 @@ def matcher(patterns: tuple[str, ...]) -> Callable[[str], str | None]:
             text = pattern.removeprefix("re:") if pattern.startswith("re:") else re.escape(pattern)
             compiled.append((pattern, re.compile(text)))
         except re.error as error:
-            raise CompressError(f"--ignore {pattern!r} is not a regular expression ({error})", hint="quote it", usage=True) from error
+            raise CompressError(
+                f"--ignore {pattern!r} is not a regular expression ({error})", hint="quote it", usage=True
+            ) from error
     return lambda name: next((p for p, c in compiled if c.fullmatch(name)), None)
 
 
-def make(
-    skeleton: Skeleton, view: CheckpointView, config: Any, layout: str, ignore: tuple[str, ...]
-) -> Layout:
+def make(skeleton: Skeleton, view: CheckpointView, config: Any, layout: str, ignore: tuple[str, ...]) -> Layout:
     """Plan an artifact from headers alone. Refuses linears that the method's config cannot hold."""
     if layout not in LAYOUTS:
         raise CompressError(f"--format {layout!r} is unknown", hint=nearest(layout, list(LAYOUTS)), usage=True)
@@ -119,12 +119,17 @@ def _targets(skeleton: Skeleton, view: CheckpointView, config: Any, ignore: tupl
                 continue
             dtype = view.dtype(f"{name}.weight")
             if dtype not in ("F32", "F16", "BF16"):
-                raise CompressError(f"{name}: weights of type {dtype} cannot be compressed", hint="start from a 16-bit or 32-bit checkpoint")
+                raise CompressError(
+                    f"{name}: weights of type {dtype} cannot be compressed",
+                    hint="start from a 16-bit or 32-bit checkpoint",
+                )
             config.check(name, shape)
             targets[name] = Target(name, shape, f"{name}.weight" in conv1d, dtype)
     unused = [p for p in ignore if p not in hits]
     if unused:
-        raise CompressError(f"--ignore {unused[0]!r} matches no linear", hint="names look like " + next(iter(targets), "?"), usage=True)
+        raise CompressError(
+            f"--ignore {unused[0]!r} matches no linear", hint="names look like " + next(iter(targets), "?"), usage=True
+        )
     if not targets:
         raise CompressError("every linear is ignored: nothing to compress", hint="drop an --ignore", usage=True)
     return targets

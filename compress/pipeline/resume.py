@@ -44,7 +44,9 @@ class WorkDir:
         known = read_json(path / "job.json")["job"] if (path / "job.json").exists() else None
         if known not in (None, job) and not restart:
             self.close()
-            raise CompressError(f"{path}: holds the unfinished work of another job", hint="--restart discards it; or choose another -o")
+            raise CompressError(
+                f"{path}: holds the unfinished work of another job", hint="--restart discards it; or choose another -o"
+            )
         if known != job or restart or not self.artifact.is_dir():
             self._clear()
             with disk_errors(path):
@@ -89,5 +91,7 @@ class WorkDir:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def close(self) -> None:
-        """Release the lock."""
-        os.close(self._lock)
+        """Release the lock; a second call does nothing."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,3 +59,46 @@ class Store:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+
+
+class ModuleInputs:
+    """A module's call arguments per batch: what differs by batch is stored, what the walk holds anyway is referred to."""
+
+    def __init__(self, folder: Path | None, shared: set[int]) -> None:
+        self._store = Store(folder)
+        self._shared = shared
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def append(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._calls.append((tuple(self._put(a) for a in args), {k: self._put(v) for k, v in kwargs.items()}))
+
+    def _put(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or id(value) in self._shared:
+            return value
+        self._store.append(value)
+        return _Slot(len(self._store) - 1)
+
+    def __getitem__(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = self._calls[batch]
+        return tuple(self._get(a) for a in args), {k: self._get(v) for k, v in kwargs.items()}
+
+    def _get(self, value: Any) -> Any:
+        return self._store[value.index] if isinstance(value, _Slot) else value
+
+    def close(self) -> None:
+        self._store.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    index: int
+
+
+def tensor_ids(value: Any) -> set[int]:
+    if isinstance(value, torch.Tensor):
+        return {id(value)}
+    if isinstance(value, (tuple, list)):
+        return set().union(*(tensor_ids(v) for v in value))
+    if isinstance(value, dict):
+        return set().union(*(tensor_ids(v) for v in value.values()))
+    return set()

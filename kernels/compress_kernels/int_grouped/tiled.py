@@ -42,9 +42,7 @@ def decode(words: torch.Tensor, bits: int, length: int) -> torch.Tensor:
     return x.view(torch.uint8)[:, :length]
 
 
-def dequantize(
-    words: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, out: torch.Tensor
-) -> torch.Tensor:
+def dequantize(words: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, out: torch.Tensor) -> torch.Tensor:
     """Write (q - z) * scale into out (R, I) and return it; zero is (R, G) uint8, None where symmetric.
 
     q - z is a small integer, exact in every float dtype. Where scale and out share a dtype the product is rounded once,
@@ -83,9 +81,7 @@ def linear(
     out = x.new_empty(len(flat), O)
     for start in range(0, O, rows):
         tile = slice(start, min(start + rows, O))
-        W = dequantize(
-            words[tile], scale[tile], None if zero is None else zero[tile], bits, scratch[: tile.stop - tile.start]
-        )
+        W = dequantize(words[tile], scale[tile], None if zero is None else zero[tile], bits, scratch[: tile.stop - tile.start])
         out[:, tile] = F.linear(flat, W, None if bias is None else bias[tile])
     return out.view(*x.shape[:-1], O)
 

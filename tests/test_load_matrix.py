@@ -1,0 +1,102 @@
+"""Every artifact that we call loadable loads in stock transformers, in a process that cannot import our packages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CALIBRATION, EXAMPLE, Outcome, python
+
+import compress
+
+STOCK = """
+import sys, json
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("compress", "compress_kernels"):
+            raise ImportError("not in this process: " + name)
+sys.meta_path.insert(0, Refuse())
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+ids = torch.tensor(json.loads(sys.argv[3]))
+with torch.no_grad():
+    first = model(ids).logits
+    again = model(ids).logits
+assert torch.equal(first, again)
+assert not [m for m in sys.modules if m.split(".")[0] in ("compress", "compress_kernels")]
+torch.save(first, sys.argv[2])
+"""
+IDS = [[1, 9038, 2501, 263, 931, 727, 471, 263, 2217, 7826, 4257, 365]]
+
+
+def stock_logits(folder: Path, tmp_path: Path) -> torch.Tensor:
+    done = python(STOCK, folder, tmp_path / "logits.pt", json.dumps(IDS))
+    assert done.returncode == 0, done.stderr[-2000:]
+    logits: torch.Tensor = torch.load(tmp_path / "logits.pt", weights_only=True)
+    return logits
+
+
+def own_logits(folder: Path) -> torch.Tensor:
+    model = compress.load(folder, dtype=torch.float32, exact=True)
+    with torch.no_grad():
+        logits: torch.Tensor = model(torch.tensor(IDS)).logits
+    return logits
+
+
+CASES = [
+    *[("rtn", bits, group, symmetric) for bits in (2, 3, 4, 8) for group, symmetric in ((32, True), (32, False), (-1, True))],
+    ("rtn", 4, -1, False), ("rtn", 3, 96, False), ("rtn", 3, 16, True), ("awq", 4, 32, True), ("awq", 3, 32, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "bits", "group", "symmetric"), CASES)
+def test_stock_transformers_gives_our_logits(method: str, bits: int, group: int, symmetric: bool, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    data = {"dataset": CALIBRATION, "nsamples": 2, "seqlen": 64} if method == "awq" else {}
+    compress.quantize(EXAMPLE, method, out, bits=bits, group_size=group, symmetric=symmetric, **data)
+    assert torch.equal(stock_logits(out, tmp_path), own_logits(out))
+
+
+def test_a_dense_artifact_is_an_ordinary_checkpoint(tmp_path: Path) -> None:
+    compress.quantize(EXAMPLE, "rtn", tmp_path / "out", bits=4, group_size=32, format="dense")
+    assert torch.equal(stock_logits(tmp_path / "out", tmp_path), own_logits(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "opt", "mistral"])
+def test_every_portable_family_loads_in_stock_transformers(family: str, pico: Callable[..., Path], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 50)
+    compress.quantize(pico(family), "awq", tmp_path / "out", group_size=32, dataset=text, nsamples=2, seqlen=32)
+    ids = [[5, 17, 99, 64, 33, 21, 8]]
+    done = python(STOCK, tmp_path / "out", tmp_path / "logits.pt", json.dumps(ids))
+    assert done.returncode == 0, done.stderr[-2000:]
+    model = compress.load(tmp_path / "out", dtype=torch.float32, exact=True)
+    with torch.no_grad():
+        assert torch.equal(model(torch.tensor(ids)).logits, torch.load(tmp_path / "logits.pt", weights_only=True))
+
+
+def test_what_stock_transformers_cannot_read_it_refuses(
+    pico: Callable[..., Path], tmp_path: Path, cli: Callable[..., Outcome]
+) -> None:
+    out = tmp_path / "out"
+    compress.quantize(pico("gpt2"), "rtn", out, bits=4, group_size=32)
+    done = python(STOCK, out, tmp_path / "logits.pt", json.dumps([[5, 6]]))
+    assert done.returncode != 0
+    assert "compress-int_grouped" in done.stderr
+    assert "it refuses compress-int_grouped on purpose" in cli("inspect", out).out
+
+
+def test_a_dense_gpt2_export_loads_in_stock_transformers(pico: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    compress.quantize(pico("gpt2"), "rtn", out, bits=8, group_size=32, format="dense")
+    done = python(STOCK, out, tmp_path / "logits.pt", json.dumps([[5, 6, 7]]))
+    assert done.returncode == 0, done.stderr[-2000:]
+    dense = compress.load(pico("gpt2"), dtype=torch.float32)
+    with torch.no_grad():
+        want = dense(torch.tensor([[5, 6, 7]])).logits
+    got = torch.load(tmp_path / "logits.pt", weights_only=True)
+    assert float((got - want).norm() / want.norm()) < 0.05
