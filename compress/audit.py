@@ -85,7 +85,7 @@ def verify(folder: Path) -> list[str]:
         dtype, want = expected[name]
         if reader.shape(name) != want or dtype not in (None, reader.dtype(name)):
             problems.append(f"{name}: {reader.dtype(name)} {reader.shape(name)}, its format asks for {dtype or 'any dtype'} {want}")
-        elif reader.dtype(name) in dtypes.FLOATS and not all(bool(torch.isfinite(p).all()) for p in reader.chunks(name)):
+        elif reader.dtype(name) in dtypes.FLOATS and not all(dtypes.finite(p) for p in reader.chunks(name)):
             problems.append(f"{name}: holds NaN or Inf")
     return problems
 

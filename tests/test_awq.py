@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import CALIBRATION, EXAMPLE, FAMILIES, ROOT
+from safetensors.torch import load_file, save_file
 
 from compress.calibration import load_tokenizer, windows
 from compress.checkpoint.reader import CheckpointReader
 from compress.checkpoint.writer import CheckpointWriter
 from compress.methods import awq, rtn
-from compress.methods._quantizer import Grid, fake, fit_range
+from compress.methods._quantizer import Grid, fake, fit, fit_range, round_to
 from compress.models.skeleton import CheckpointView, Skeleton, load_config
 from compress.pipeline import layout
 from compress.pipeline.forward import Forward, Walk
@@ -44,6 +46,11 @@ def walk_with(probe: Callable[..., None], folder: Path, tmp_path: Path, tokens: 
     work.close()
 
 
+def rounded(W: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """W (O, I) on the grid of the given scales and zeros (O, G)."""
+    return round_to(W.view(*scale.shape, -1), scale, zero, grid).view(W.shape)
+
+
 @pytest.fixture(scope="module")
 def official(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Losses of every candidate, and clip results with the official scales, for blocks 0 and 3 of the example."""
@@ -61,7 +68,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             for mapping in awq.active(block):
                 tried = awq.candidates(block, mapping, stats[mapping.consumers[0]].absmean(), config)
                 losses = awq.losses(block, mapping, tried, stats, run, range(run.batches), grid)
-                found[f"block{block.index}_w{bits}", mapping.producer] = losses
+                found[f"block{block.index}_w{bits}", f"losses {mapping.producer}"] = losses
                 best = min(range(len(losses)), key=losses.__getitem__)
                 scales.append((mapping, tried[best].s))
             fold = awq.Fold(block, scales)
@@ -69,10 +76,15 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                 W = fold.weight(name)
                 inverse = fold.columns[name].reciprocal().view(-1, 32)
                 gram = stats[name].group_gram() * inverse.unsqueeze(1) * inverse.unsqueeze(2)
-                clipped = W if name in block.no_clip else awq.clip(W, gram, grid, 10)
-                found[f"block{block.index}_w{bits}", name] = (W, clipped, fake(clipped, grid))
+                theirs = replace(grid, extend_zero=False)  # one rounding of the zero-point, as llm-awq
+                fitted = fit(W, theirs) if name in block.no_clip else awq.clip(W, gram, theirs, 10)
+                found[f"block{block.index}_w{bits}", name] = (W, fitted, rounded(W, *fitted, theirs))
 
-    walk_with(probe, EXAMPLE, tmp_path_factory.mktemp("golden"), tokens, awq.Config(group_size=32))
+    folder = tmp_path_factory.mktemp("float32")  # in fp16 our s is snapped to the norm's storage, theirs is not
+    for path in EXAMPLE.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    save_file({k: v.float() for k, v in load_file(EXAMPLE / "model.safetensors").items()}, folder / "model.safetensors")
+    walk_with(probe, folder, tmp_path_factory.mktemp("golden"), tokens, awq.Config(group_size=32))
     return found
 
 
@@ -81,7 +93,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_candidate_losses_are_the_official_ones(official: dict[str, Any], case: str, mapping: str) -> None:
     golden = GOLDEN["blocks"][case]["scale"]
     want = next(v for v in golden.values() if v["prev_op"] == KEYS[mapping])
-    ours = official[case, KEYS[mapping]]
+    ours = official[case, f"losses {KEYS[mapping]}"]
     # the weights of the example are fp16: at r = 0 many lie on exact halves of the grid, which the order of operations decides
     assert torch.allclose(torch.tensor(ours[:20]), torch.tensor(want["history"]), rtol=2e-3)
     assert min(ours[:20]) == pytest.approx(min(want["history"]), rel=1e-3)
@@ -99,10 +111,12 @@ def test_scaled_and_rounded_weights_are_as_close_as_the_official_ones(official: 
 @pytest.mark.parametrize("case", list(GOLDEN["blocks"]))
 def test_clipping_shrinks_about_as_many_groups_as_the_official_code(official: dict[str, Any], case: str) -> None:
     for name, want in GOLDEN["blocks"][case]["clip"].items():
-        W, clipped, _ = official[case, name]
-        kept = int((W.view(-1, 32).abs().amax(1) == clipped.view(-1, 32).abs().amax(1)).sum())
-        assert kept == pytest.approx(want["unshrunk"], rel=0.2)  # theirs looks at 512 of the 1024 tokens
-        assert float(clipped.view(-1, 32).abs().amax(1).mean()) == pytest.approx(want["mean"], rel=0.02)
+        W, (scale, _), _ = official[case, name]
+        whole, _ = fit(W, Grid(int(case[-1]), 32, False, torch.float32, extend_zero=False))
+        v = W.view(-1, 32)
+        moved = (v.amin(1) != -v.amax(1)).view(scale.shape)  # a clip to 1 - i/20 always shrinks the range
+        kept = int((scale == whole)[moved].sum())
+        assert kept == pytest.approx(want["unshrunk"], rel=0.25)  # theirs looks at 512 of the 1024 tokens
 
 
 def test_the_quantizer_is_the_official_one_on_its_vectors() -> None:
@@ -139,17 +153,16 @@ def test_clip_error_never_grows_in_any_row_and_group() -> None:
     W = torch.randn(32, 64, generator=g) ** 3
     grid = Grid(3, 32, False, torch.float32)
     gram = torch.stack([x.T @ x / len(x) for x in X.split(32, 1)])
-    clipped = awq.clip(W, gram, grid, 10)
 
-    def error(V: torch.Tensor) -> torch.Tensor:
-        D = (fake(V, grid) - W).view(32, 2, 32)
+    def error(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        D = (rounded(W, scale, zero, grid) - W).view(32, 2, 32)
         return torch.stack([(X[:, 32 * k : 32 * k + 32] @ D[:, k].T).square().mean(0) for k in range(2)], 1)
 
-    assert (error(clipped) <= error(W) * (1 + 1e-4)).all()
-    assert error(clipped).sum() < 0.9 * error(W).sum()
-    ratio = clipped.view(32, 2, 32).abs().amax(-1) / W.view(32, 2, 32).abs().amax(-1)
-    assert torch.allclose(ratio * 20, (ratio * 20).round(), atol=1e-4)
-    assert ratio.min() >= 0.55 - 1e-6
+    plain, clipped = error(*fit(W, grid)), error(*awq.clip(W, gram, grid, 10))
+    assert (clipped <= plain * (1 + 1e-4)).all()
+    assert clipped.sum() < 0.9 * plain.sum()
+    one_zero = error(*awq.clip(W, gram, replace(grid, extend_zero=False), 10))
+    assert clipped.sum() < one_zero.sum()
 
 
 def test_a_loud_channel_gets_a_scale_above_one_and_a_smaller_error() -> None:
@@ -180,7 +193,7 @@ def test_folding_any_scale_leaves_the_function_unchanged(family: str, pico: Call
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     skeleton = Skeleton(load_config(folder))
     ids = torch.randint(3, 120, (2, 24), generator=torch.Generator().manual_seed(1))
-    before = model(ids).logits
+    before = model(ids).logits.detach()
     g = torch.Generator().manual_seed(2)
     state = dict(model.state_dict())
     for index in range(len(skeleton.blocks)):
@@ -198,6 +211,6 @@ def test_folding_any_scale_leaves_the_function_unchanged(family: str, pico: Call
         assert len(scales) >= 2
         changed = {f"{n}.weight": fold.weight(n).T if n in turn else fold.weight(n) for n in weights} | fold.tensors()
         model.load_state_dict({prefix + k: v.double() for k, v in changed.items()}, strict=False)
-    after = model(ids).logits
+    after = model(ids).logits.detach()
     assert float((after - before).abs().max()) < 2e-5 * float(before.abs().max())  # the fold itself is computed in fp32
     assert float((after - before).abs().max()) > 0

@@ -222,7 +222,7 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
         if line.startswith("block"):
             process.send_signal(signal.SIGINT)
             break
-    _, err = process.communicate()
-    assert process.returncode == 130, err
+    err = process.stderr.read()
+    assert process.wait() == 130, err
     assert "run the same command again" in err
     assert "Traceback" not in err

@@ -57,8 +57,26 @@ CASES = [
 def test_stock_transformers_gives_our_logits(method: str, bits: int, group: int, symmetric: bool, tmp_path: Path) -> None:
     out = tmp_path / "out"
     data = {"dataset": CALIBRATION, "nsamples": 2, "seqlen": 64} if method == "awq" else {}
-    compress.quantize(EXAMPLE, method, out, bits=bits, group_size=group, symmetric=symmetric, **data)
-    assert torch.equal(stock_logits(out, tmp_path), own_logits(out))
+    options = {"bits": bits, "group_size": group, "symmetric": symmetric, **data}
+    compress.quantize(EXAMPLE, method, out, **options)
+    stock, own = stock_logits(out, tmp_path), own_logits(out)
+    if symmetric:
+        assert torch.equal(stock, own)
+    else:  # stock makes them dense at load and rounds them to the checkpoint's fp16: exactly our dense artifact
+        compress.quantize(EXAMPLE, method, tmp_path / "dense", format="dense", **options)
+        assert torch.equal(stock, own_logits(tmp_path / "dense"))
+        assert torch.allclose(stock, own, atol=0.05)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_an_asymmetric_artifact_of_a_float32_model_gives_equal_logits(bits: int, pico: Callable[..., Path], tmp_path: Path) -> None:
+    compress.quantize(pico("llama"), "rtn", tmp_path / "out", bits=bits, group_size=32)
+    ids = [[5, 17, 99, 64, 33, 21, 8]]
+    done = python(STOCK, tmp_path / "out", tmp_path / "logits.pt", json.dumps(ids))
+    assert done.returncode == 0, done.stderr[-2000:]
+    model = compress.load(tmp_path / "out", dtype=torch.float32, exact=True)
+    with torch.no_grad():
+        assert torch.equal(model(torch.tensor(ids)).logits, torch.load(tmp_path / "logits.pt", weights_only=True))
 
 
 def test_a_dense_artifact_is_an_ordinary_checkpoint(tmp_path: Path) -> None:

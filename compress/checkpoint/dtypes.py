@@ -22,6 +22,14 @@ NAME = {value: key for key, value in TORCH.items()}
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
+def finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf: both show in the least or the greatest value, which one fast pass finds."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    least, greatest = torch.aminmax(tensor)
+    return bool(torch.isfinite(least)) and bool(torch.isfinite(greatest))
+
+
 def itemsize(name: str) -> int:
     """Bytes per element of a safetensors dtype."""
     return TORCH[name].itemsize

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from compress.checkpoint import dtypes
+from compress.checkpoint.dtypes import finite
 from compress.checkpoint.reader import INDEX, SINGLE
 from compress.errors import CompressError
 
@@ -138,7 +139,7 @@ class CheckpointWriter:
         planned = self.plan[name]
         found = (dtypes.NAME[tensor.dtype], tuple(tensor.shape))
         assert found == (planned.dtype, planned.shape), f"{name}: planned {planned}, got {found}"
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not finite(tensor):
             raise CompressError(f"{name}: the result holds NaN or Inf", hint="report this with --debug; try another group size")
         self.write_piece(name, 0, tensor)
 

@@ -109,7 +109,7 @@ def ranges(lo: torch.Tensor, hi: torch.Tensor, grid: Grid) -> list[tuple[torch.T
 
 def _round(v: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Codes as fp32 for v (…, G, g) with scale and zero (…, G)."""
-    return torch.round(v / scale.unsqueeze(-1)).add_(zero.unsqueeze(-1)).clamp_(0, grid.levels)
+    return (v / scale.unsqueeze(-1)).round_().add_(zero.unsqueeze(-1)).clamp_(0, grid.levels)
 
 
 def fit(W: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compress.checkpoint.dtypes import finite
 from compress.checkpoint.reader import CheckpointReader, read_json
 from compress.errors import CompressError
 from compress.models.families import FAMILIES, Family
@@ -359,5 +360,5 @@ class CheckpointView:
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
     """Stop at NaN or Inf with the tensor's name."""
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    if not finite(tensor):
         raise CompressError(f"{name}: holds NaN or Inf", hint="the checkpoint is damaged or its training diverged: get a good copy")

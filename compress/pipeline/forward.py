@@ -296,7 +296,7 @@ class Forward:
         after = Store(self.folder)
         for b in range(len(self.states)):
             out = self.walk.skeleton.run(index, params, self.states[b].to(self.walk.device))
-            if not bool(torch.isfinite(out).all()):
+            if not dtypes.finite(out):
                 raise CompressError(
                     f"block {index}: its output holds NaN or Inf on the calibration text",
                     hint="the checkpoint is damaged, or its dtype overflows: try a bfloat16 or float32 copy",
@@ -341,7 +341,7 @@ class Forward:
 
     def _cast(self, name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
         out = tensor.to(dtypes.TORCH[dtype])
-        if out.is_floating_point() and not bool(torch.isfinite(out).all()):
+        if not dtypes.finite(out):
             raise CompressError(f"{name}: does not fit into {dtype}", hint="use the default --format pack-quantized")
         return out
 
