@@ -18,11 +18,11 @@ import torch
 from compress import calibration, registry
 from compress.checkpoint import manifest, source
 from compress.checkpoint.reader import CheckpointReader
-from compress.checkpoint.writer import MAX_SHARD, CheckpointWriter, plan_shards
+from compress.checkpoint.writer import MAX_SHARD, CheckpointWriter, disk_errors, plan_shards
 from compress.errors import CompressError, nearest
 from compress.models.skeleton import CheckpointView, Skeleton, load_config
 from compress.pipeline import artifact, layout
-from compress.pipeline.estimate import Estimate, estimate
+from compress.pipeline.estimate import Estimate, estimate, on_disk
 from compress.pipeline.forward import Forward, Progress, Walk
 from compress.pipeline.resume import WorkDir, fingerprint
 
@@ -106,8 +106,9 @@ def prepare(
     if batch_size is not None and batch_size < 1:
         raise CompressError(f"--batch-size {batch_size} is not a number of windows", hint="use 1 or more", usage=True)
     batch = batch_size or max(1, _BATCH_TOKENS // (length or _BATCH_TOKENS))
+    name = folder.resolve().name if Path(model).is_dir() else str(model).rsplit("/", 1)[-1]
     return Job(
-        folder, Path(model).name, method.replace("-", "_").lower(), module, config, skeleton, view, plan, device,
+        folder, name, method.replace("-", "_").lower(), module, config, skeleton, view, plan, device,
         torch.bfloat16 if half else torch.float32, batch, nsamples, length, max_shard,
     )  # fmt: skip
 
@@ -156,14 +157,18 @@ def quantize(
                         "ignore": list(ignore), "shard": job.max_shard})  # fmt: skip
     out = Path(out)
     work_path = Path(work_dir) if work_dir is not None else out.with_name(out.name + ".partial")
-    if _already_done(out, work_path, mark, resume):
+    _check_places(out, work_path)
+    if _already_done(out, mark, resume):
+        if work_dir is None and (work_path / "lock").exists():  # killed between the rename and the clean-up
+            shutil.rmtree(work_path, ignore_errors=True)
         logger.info("%s is already there, made by the same job (--restart makes it again)", out)
         return _report(job, out, began, resumed=True)
-    on_disk = states == "disk" or (states == "auto" and calib is not None and _states_bytes(job, calib) > 4 << 30)
+    count = calib.tokens.numel() if calib is not None else 0
+    disk = on_disk(states, count, job.skeleton.config.hidden_size, job.dtype)
     work = WorkDir(work_path, mark, restart=not resume)
     resumed = work.done > 0
     try:
-        _walk(job, calib, work, on_disk, progress)
+        _walk(job, calib, work, disk, progress)
         artifact.write_companions(
             job.folder, work.artifact, job.layout, job.config.params(), job.skeleton, job.method_name, job.name
         )
@@ -176,14 +181,14 @@ def quantize(
 
 
 def _walk(
-    job: Job, calib: calibration.Calibration | None, work: WorkDir, on_disk: bool, progress: Callable[[Progress], None] | None
+    job: Job, calib: calibration.Calibration | None, work: WorkDir, disk: bool, progress: Callable[[Progress], None] | None
 ) -> None:
     """Compress every block and finish the shards."""
     writer = CheckpointWriter(work.artifact, job.layout.plan, job.max_shard)
     _check_space(work, writer)
     tokens = calib.tokens if calib is not None else None
     walk = Walk(
-        job.skeleton, job.view, job.layout, job.method, job.config, tokens, job.batch_size, job.device, job.dtype, on_disk, progress
+        job.skeleton, job.view, job.layout, job.method, job.config, tokens, job.batch_size, job.device, job.dtype, disk, progress
     )  # fmt: skip
     Forward(walk, writer, work).run()
     writer.finish()
@@ -231,7 +236,18 @@ def _facts(job: Job, calib: calibration.Calibration | None, seed: int | None) ->
     }
 
 
-def _already_done(out: Path, work: Path, mark: str, resume: bool) -> bool:
+def _check_places(out: Path, work: Path) -> None:
+    """Make the parent folders, and refuse a work folder from which the artifact could not be renamed to `out`."""
+    with disk_errors(out):
+        for path in (out, work):
+            path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    if out.absolute().parent.stat().st_dev != work.absolute().parent.stat().st_dev:
+        raise CompressError(
+            f"--work-dir {work} and {out} are on different file systems", hint="put both on one: the artifact is moved by a rename"
+        )
+
+
+def _already_done(out: Path, mark: str, resume: bool) -> bool:
     if not out.exists():
         return False
     if not out.is_dir():
@@ -252,8 +268,6 @@ def _already_done(out: Path, work: Path, mark: str, resume: bool) -> bool:
     problems = manifest.check_files(out, known)
     if problems:
         raise CompressError(f"{out}: damaged ({problems[0]})", hint="--restart makes it again")
-    if (work / "lock").exists():  # killed between the rename and the clean-up
-        shutil.rmtree(work, ignore_errors=True)
     return True
 
 
@@ -267,10 +281,6 @@ def _check_space(work: WorkDir, writer: CheckpointWriter) -> None:
             f"{work.path}: the artifact needs {(need - have) / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free",
             hint="free some space, or choose an -o on another disk",
         )
-
-
-def _states_bytes(job: Job, calib: calibration.Calibration) -> int:
-    return int(calib.tokens.numel() * job.skeleton.config.hidden_size * job.dtype.itemsize * 3)
 
 
 def _report(job: Job, out: Path, began: float, resumed: bool) -> Report:

@@ -46,9 +46,9 @@ def inspect_artifact(
     print("  loads")
     for who, answer in d.where:
         print(f"    {who + ':':14s} {answer}")
-    for key, value in (d.report or {}).items():
-        if isinstance(value, (int, float)):
-            print(f"  {key:10s} {value:.4f}")
+    for metric in (d.report or {}).get("metrics", []):
+        beside = "" if metric["baseline"] is None else f"   baseline {metric['baseline']:.4f}"
+        print(f"  {metric['name'] + ':':20s} {metric['value']:.4f}{beside}")
 
 
 def verify_artifact(

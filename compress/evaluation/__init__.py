@@ -161,7 +161,9 @@ def _tokenizer(tokenizer: Any, *models: Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(resolve(source)))
     except (OSError, ValueError) as error:
-        raise CompressError(f"{source}: no tokenizer could be loaded from it ({error})", hint="pass --tokenizer") from error
+        raise CompressError(
+            f"{source}: no tokenizer could be loaded from it ({error})", hint="copy the tokenizer files into the folder"
+        ) from error
 
 
 def _seqlen(seqlen: int | None, model: Any) -> int:

@@ -79,7 +79,7 @@ def window_means(values: torch.Tensor, batch: int, first: int, what: str) -> lis
         if not math.isfinite(mean):
             raise CompressError(
                 f"evaluation window {first + offset}: the {what} is {mean}",
-                hint="the model's logits overflow or hold NaN: evaluate with --dtype float32, and verify the artifact",
+                hint="the model's logits overflow or hold NaN: evaluate in float32, and check the artifact with compress verify",
             )
     return means
 

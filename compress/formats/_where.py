@@ -27,7 +27,5 @@ def loads(config: dict[str, Any]) -> list[tuple[str, str]]:
     stock = "yes, with compressed-tensors >= 0.19 (weights become dense on the first forward pass)"
     if not symmetric:
         stock = 'yes, with compressed-tensors >= 0.19, through "dequantize": true (weights become dense at load)'
-    vllm = "symmetric 2 to 8 bits, asymmetric 4 and 8, by its source; not run by us"
-    if not symmetric and bits not in (4, 8):
-        vllm = f"no: asymmetric {bits} bits"
+    vllm = "yes, by its source; not run by us" if symmetric or bits in (4, 8) else f"no: asymmetric {bits} bits"
     return [("transformers", stock), ("vLLM", vllm), own]

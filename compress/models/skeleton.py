@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,8 +202,8 @@ class Skeleton:
 
     def embed(
         self, view: CheckpointView, tokens: torch.Tensor, batch_size: int, device: str, dtype: torch.dtype
-    ) -> list[torch.Tensor]:
-        """Block 0's inputs, one (B, T, D) tensor on the CPU per batch of tokens (N, T); records every block's arguments."""
+    ) -> Iterator[torch.Tensor]:
+        """Yield block 0's inputs, one (B, T, D) tensor per batch of tokens (N, T); records every block's arguments."""
         base = self.model.base_model
         blocks = self.model.get_submodule(self.path)
         embedding = self.model.get_input_embeddings()
@@ -216,7 +216,7 @@ class Skeleton:
         recorders = [_Recorder(b) for b in self.blocks]
         for i, recorder in enumerate(recorders):
             blocks[i] = recorder
-        out = []
+        first: torch.Tensor | None = None
         try:
             for batch in tokens.split(batch_size):
                 rows, compact = batch.unique(return_inverse=True)
@@ -224,16 +224,17 @@ class Skeleton:
                 x = torch.func.functional_call(embedding, {"weight": weight}, (compact.to(device),))
                 catcher = _FirstInput(recorders[0])
                 torch.func.functional_call(base, tensors, (), {"inputs_embeds": x, "use_cache": False}, strict=False)
-                out.append(catcher.value().cpu())
+                hidden = catcher.value()
+                first = hidden if first is None else first
                 for calls, recorder in zip(self._calls, recorders, strict=True):
                     assert recorder.call is not None, "the model skipped a block"
                     calls.setdefault(len(batch), recorder.call)
+                yield hidden
         finally:
             for i, block in enumerate(self.blocks):
                 blocks[i] = block
-        if self.family is None:
-            self._infer_groups(out[0])
-        return out
+        if self.family is None and first is not None:
+            self._infer_groups(first)
 
     def calls(self, index: int) -> list[Call]:
         """The arguments that the model passes to a block beside the hidden states, per batch size."""

@@ -54,7 +54,7 @@ def _card(name: str, method: str, layout: Layout, params: dict[str, Any], config
     rows = "\n".join(f"| {who} | {answer} |" for who, answer in loads(config))
     return (
         f"---\nlibrary_name: transformers\ntags: [compress, {method}]\n---\n# {name}, {method.upper()} {params['bits']}-bit\n\n"
-        f"Compressed with [llm-compress](https://pypi.org/project/llm-compress/): {method}, {params['bits']} bits, {kind}, "
+        f"Compressed with llm-compress: {method}, {params['bits']} bits, {kind}, "
         f"{group}, "
         f"format `{layout.name}`. `manifest.json` records every linear's error, the settings and the hashes; "
         f"`compress verify` checks them.\n\n| loader | loads |\n| --- | --- |\n{rows}\n"

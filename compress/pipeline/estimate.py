@@ -27,6 +27,11 @@ class Estimate:
     seconds: float
 
 
+def on_disk(states: str, tokens: int, width: int, dtype: torch.dtype) -> bool:
+    """Whether the calibration states of a run lie on disk; `auto`: when a few copies of them exceed 4 GiB."""
+    return states == "disk" or (states == "auto" and 3 * tokens * width * dtype.itemsize > 4 << 30)
+
+
 def _block_bytes(skeleton: Skeleton, view: CheckpointView, index: int) -> tuple[int, int, int]:
     """(elements, stored bytes, elements of the largest linear) of one block."""
     prefix = skeleton.prefix(index)
@@ -83,7 +88,8 @@ def _data_bytes(
             statistics += 4 * inputs * min(tokens, inputs)
         elif Stat.GROUP_GRAM in want:
             statistics += 4 * inputs * (inputs if collect.group == -1 else collect.group)
-    kept = 0 if states == "disk" else tokens * width * dtype.itemsize * (2 + len(collect.modules))
+    kept = tokens * width * dtype.itemsize * (2 + len(collect.modules))
+    kept = 0 if on_disk(states, tokens, width, dtype) else kept
     activations = batch_size * seqlen * max(max(s) for s in shapes.values()) * dtype.itemsize * 4
     return statistics + kept + activations + elements * dtype.itemsize + 24 * largest
 
