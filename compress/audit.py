@@ -125,7 +125,7 @@ def verify_deep(folder: Path, model: str | Path) -> list[str]:
     skeleton = Skeleton(load_config(origin))
     view = CheckpointView(CheckpointReader(origin), skeleton)
     for name, digest in source.hashes(origin, view.reader.files()).items():
-        if known["source"]["files"].get(name) != digest:
+        if known["source"]["files"].get(name, digest) != digest:
             raise CompressError(
                 f"{origin / name}: not the file that this artifact was made from", hint="give the very same checkpoint"
             )

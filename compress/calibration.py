@@ -28,11 +28,10 @@ _SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Token windows (N, T), int64, and their sha256."""
+    """Token windows (N, T), int64, and the sha256 of their shape and bytes."""
 
     tokens: torch.Tensor
     sha256: str
-    name: str
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -41,16 +40,17 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise CompressError(
-            f"{folder}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})",
+            f"{folder}: its tokenizer cannot be loaded ({str(error).strip().split(chr(10))[0]})",
             hint="copy the tokenizer files into the folder",
         ) from error
 
 
 def context_length(config: Any) -> int:
     """The longest window the model takes."""
-    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30)
+    text = config.get_text_config()
+    return int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 1 << 30)
 
 
 def pick_seqlen(seqlen: int | None, config: Any) -> int:
@@ -94,7 +94,7 @@ def load(dataset: str | Path | None, tokenizer: Any, *, nsamples: int, seqlen: i
     path = Path(dataset) if dataset is not None else BUILTIN
     name = "the built-in text" if dataset is None else str(dataset)
     budget = 24 * nsamples * seqlen if seed is None else None
-    documents = _read(path, tokenizer) if path.exists() else _hub(str(dataset), tokenizer)
+    documents = _read(path, tokenizer, budget) if path.exists() else _hub(str(dataset), tokenizer)
     text = _join(documents, budget)
     if not text.strip():
         raise CompressError(
@@ -106,7 +106,8 @@ def load(dataset: str | Path | None, tokenizer: Any, *, nsamples: int, seqlen: i
             f"{name}: token {int(tokens.max())} is outside the model's vocabulary of {vocab}",
             hint="the tokenizer is another model's",
         )
-    return Calibration(tokens, hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), name if dataset is None else path.name)
+    digest = hashlib.sha256(repr(tuple(tokens.shape)).encode() + tokens.numpy().tobytes()).hexdigest()
+    return Calibration(tokens, digest)
 
 
 def _join(documents: Iterator[str], budget: int | None) -> str:
@@ -119,32 +120,36 @@ def _join(documents: Iterator[str], budget: int | None) -> str:
     return "\n\n".join(parts)
 
 
-def _read(path: Path, tokenizer: Any) -> Iterator[str]:
+def _read(path: Path, tokenizer: Any, budget: int | None) -> Iterator[str]:
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES)
         if not files:
             raise CompressError(f"{path}: no .txt, .jsonl or .parquet file in it", hint="give a file or another folder", usage=True)
         for file in files:
-            yield from _read(file, tokenizer)
+            yield from _read(file, tokenizer, budget)
     elif path.suffix == ".jsonl":
         yield from _read_jsonl(path, tokenizer)
     elif path.suffix == ".parquet":
         import pyarrow.parquet as pq
 
         try:
-            for batch in pq.ParquetFile(path).iter_batches(columns=["text"]):
+            table = pq.ParquetFile(path)
+            if "text" not in table.schema_arrow.names:
+                raise ValueError("no `text` column")
+            for batch in table.iter_batches(columns=["text"]):
                 yield from (str(t) for t in batch.column(0).to_pylist() if t)
         except (OSError, ValueError, KeyError) as error:
             raise CompressError(f"{path}: {str(error).splitlines()[0]}", hint="it needs a `text` column", usage=True) from error
     else:
         try:
-            yield path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise CompressError(f"{path}: not UTF-8 text", hint="use .txt, .jsonl or .parquet", usage=True) from error
+            with path.open(encoding="utf-8") as text:
+                yield text.read(-1 if budget is None else budget)
+        except (OSError, UnicodeDecodeError) as error:
+            raise CompressError(f"{path}: not readable as UTF-8 text", hint="use .txt, .jsonl or .parquet", usage=True) from error
 
 
 def _read_jsonl(path: Path, tokenizer: Any) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -166,7 +171,10 @@ def _document(row: Any, tokenizer: Any) -> str | None:
     if isinstance(row.get("messages"), list):
         if not getattr(tokenizer, "chat_template", None):
             raise CompressError("the dataset holds `messages` but the tokenizer has no chat template", hint="use a `text` field")
-        return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+        try:
+            return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+        except Exception as error:  # templates raise errors of their own
+            raise CompressError(f"the chat template refuses a row ({error})", hint="use a `text` field") from error
     return None
 
 

@@ -24,7 +24,7 @@ from compress.models.skeleton import CheckpointView, Skeleton, load_config
 from compress.pipeline import artifact, layout
 from compress.pipeline.estimate import Estimate, estimate, on_disk
 from compress.pipeline.forward import Forward, Progress, Walk
-from compress.pipeline.resume import WorkDir, fingerprint
+from compress.pipeline.resume import WorkDir, fingerprint, job_of, tidy
 
 logger = logging.getLogger(__name__)
 TOOL = "llm-compress"
@@ -78,14 +78,15 @@ def pick_device(device: str) -> str:
     """`auto` is the first GPU if there is one."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    kind = device.split(":")[0]
-    if kind not in ("cpu", "cuda"):
+    try:
+        parsed = torch.device(device)
+    except RuntimeError:
+        parsed = torch.device("meta")
+    if parsed.type not in ("cpu", "cuda"):
         raise CompressError(f"--device {device!r} is unknown", hint="use auto, cpu, cuda or cuda:N", usage=True)
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise CompressError(
-            "--device cuda: torch sees no GPU", hint="use --device cpu, or install a CUDA build of torch", usage=True
-        )
-    return device
+    if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
+        raise CompressError(f"--device {device}: torch sees no such GPU", hint="use --device cpu, or another number", usage=True)
+    return "cpu" if parsed.type == "cpu" else device
 
 
 def prepare(
@@ -156,15 +157,18 @@ def quantize(
     mark = fingerprint({**facts, "format": format, "batch": job.batch_size, "device": job.device.split(":")[0],
                         "ignore": list(ignore), "shard": job.max_shard})  # fmt: skip
     out = Path(out)
-    work_path = Path(work_dir) if work_dir is not None else out.with_name(out.name + ".partial")
+    if not out.absolute().name:
+        raise CompressError(f"{out} cannot be an output folder", hint="give -o a new name", usage=True)
+    work_path = Path(work_dir) if work_dir is not None else out.absolute().with_name(out.absolute().name + ".partial")
     _check_places(out, work_path)
-    if _already_done(out, mark, resume):
-        if work_dir is None and (work_path / "lock").exists():  # killed between the rename and the clean-up
-            shutil.rmtree(work_path, ignore_errors=True)
+    replace = not resume or job_of(work_path) == mark  # the latter: a --restart that was killed goes on
+    if _already_done(out, mark, replace):
+        if work_dir is None:
+            tidy(work_path)
         logger.info("%s is already there, made by the same job (--restart makes it again)", out)
         return _report(job, out, began, resumed=True)
     count = calib.tokens.numel() if calib is not None else 0
-    disk = on_disk(states, count, job.skeleton.config.hidden_size, job.dtype)
+    disk = on_disk(states, count, job.skeleton.config.get_text_config().hidden_size, job.dtype)
     work = WorkDir(work_path, mark, restart=not resume)
     resumed = work.done > 0
     try:
@@ -174,7 +178,7 @@ def quantize(
         )
         records = {"linears": work.state["linears"], "search": work.state["search"]}
         artifact.write_manifest(work.artifact, {**facts, "job": mark, "format": format, **records})
-        work.publish(out, keep=work_dir is not None)
+        work.publish(out, keep=work_dir is not None, replace=replace)
     finally:
         work.close()
     return _report(job, out, began, resumed)
@@ -185,6 +189,7 @@ def _walk(
 ) -> None:
     """Compress every block and finish the shards."""
     writer = CheckpointWriter(work.artifact, job.layout.plan, job.max_shard)
+    writer.open(fresh=work.done == 0)
     _check_space(work, writer)
     tokens = calib.tokens if calib is not None else None
     walk = Walk(
@@ -238,6 +243,9 @@ def _facts(job: Job, calib: calibration.Calibration | None, seed: int | None) ->
 
 def _check_places(out: Path, work: Path) -> None:
     """Make the parent folders, and refuse a work folder from which the artifact could not be renamed to `out`."""
+    a, b = out.resolve(), work.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        raise CompressError(f"{out} and --work-dir {work} lie inside each other", hint="put them side by side", usage=True)
     with disk_errors(out):
         for path in (out, work):
             path.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -247,13 +255,12 @@ def _check_places(out: Path, work: Path) -> None:
         )
 
 
-def _already_done(out: Path, mark: str, resume: bool) -> bool:
+def _already_done(out: Path, mark: str, replace: bool) -> bool:
     if not out.exists():
         return False
     if not out.is_dir():
         raise CompressError(f"{out}: exists and is not a folder", hint="choose another -o")
     if not any(out.iterdir()):
-        out.rmdir()
         return False
     try:
         known = manifest.read(out)
@@ -261,7 +268,7 @@ def _already_done(out: Path, mark: str, resume: bool) -> bool:
         raise CompressError(f"{out}: exists and is not an artifact of compress", hint="choose another -o, or remove it") from error
     if not str(known.get("tool", "")).startswith(TOOL):
         raise CompressError(f"{out}: exists and was written by another tool", hint="choose another -o, or remove it")
-    if not resume:
+    if replace:
         return False
     if known.get("job") != mark:
         raise CompressError(f"{out}: holds the result of another job", hint="--restart replaces it; or choose another -o")

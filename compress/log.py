@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 
-_seen: set[str] = set()
-
 
 def configure(debug: bool = False) -> None:
     """Send the package's log to stderr as plain lines."""
@@ -15,10 +13,3 @@ def configure(debug: bool = False) -> None:
     root.handlers[0].setFormatter(logging.Formatter("%(levelname)s: %(message)s" if debug else "%(message)s"))
     root.setLevel(logging.DEBUG if debug else logging.INFO)
     root.propagate = False
-
-
-def once(logger: logging.Logger, message: str) -> None:
-    """Log a message at INFO the first time it is seen in this process."""
-    if message not in _seen:
-        _seen.add(message)
-        logger.info(message)

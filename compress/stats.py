@@ -55,8 +55,10 @@ class InputStats:
     def group_gram(self) -> torch.Tensor:
         """Mean over tokens of x xᵀ inside each group of channels, (G, g, g)."""
         if self._X is not None:
-            parts = [x.view(x.shape[0], -1, self._group).transpose(0, 1) for x in self._X]
-            total = torch.stack([p.transpose(1, 2) @ p for p in parts]).sum(0)
+            total = torch.zeros(self._X[0].shape[1] // self._group, self._group, self._group, device=self._X[0].device)
+            for x in self._X:
+                part = x.view(x.shape[0], -1, self._group).transpose(0, 1)
+                total.baddbmm_(part.transpose(1, 2), part)
         elif self._H is not None:
             G = self._H.shape[0] // self._group
             grid = self._H.view(G, self._group, G, self._group)

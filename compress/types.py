@@ -61,10 +61,6 @@ class Collect:
     modules: tuple[str, ...] = ()
     group: int = 0  # channels per group for GROUP_GRAM
 
-    @property
-    def empty(self) -> bool:
-        return not self.stats and not self.modules
-
 
 @dataclass(frozen=True, slots=True)
 class Packed:

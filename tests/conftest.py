@@ -25,7 +25,7 @@ CALIBRATION = ROOT / "examples" / "data" / "tinystories-calibration.txt"
 VALID = ROOT / "examples" / "data" / "tinystories-valid.txt"
 
 _SMALL: dict[str, Any] = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 1,
-                          "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 64}  # fmt: skip
+                          "eos_token_id": 2, "pad_token_id": 127, "max_position_embeddings": 64}  # fmt: skip
 _LLAMA = {**_SMALL, "intermediate_size": 128, "num_key_value_heads": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {**_LLAMA, "attention_bias": True, "mlp_bias": True},

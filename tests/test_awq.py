@@ -42,7 +42,9 @@ def walk_with(probe: Callable[..., None], folder: Path, tmp_path: Path, tokens: 
     work = WorkDir(tmp_path / "work", "probe", restart=True)
     method = SimpleNamespace(collects=awq.collects, compress=compress)
     walk = Walk(skeleton, view, plan, method, config, tokens, batch, "cpu", torch.float32, False)  # type: ignore[arg-type]
-    Forward(walk, CheckpointWriter(work.artifact, plan.plan), work).run()
+    writer = CheckpointWriter(work.artifact, plan.plan)
+    writer.open(fresh=True)
+    Forward(walk, writer, work).run()
     work.close()
 
 

@@ -90,6 +90,7 @@ def planned() -> list[Planned]:
 @pytest.mark.parametrize("limit", [10**9, 60, 1])
 def test_shards_hold_what_was_planned_and_safetensors_reads_them(tmp_path: Path, limit: int) -> None:
     writer = CheckpointWriter(tmp_path, planned(), limit)
+    writer.open(fresh=True)
     for name in reversed(TENSORS):
         writer.write(name, TENSORS[name])
     writer.finish()
@@ -112,6 +113,7 @@ def test_no_shard_is_larger_than_asked_unless_one_tensor_is() -> None:
 
 def test_a_half_written_shard_never_has_its_final_name(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, planned())
+    writer.open(fresh=True)
     writer.write("a.weight", TENSORS["a.weight"])
     writer.flush()
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors.tmp"]
@@ -121,12 +123,14 @@ def test_a_half_written_shard_never_has_its_final_name(tmp_path: Path) -> None:
 
 def test_nan_is_refused_with_the_tensor_name(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, planned())
+    writer.open(fresh=True)
     with pytest.raises(CompressError, match=r"a\.weight"):
         writer.write("a.weight", torch.full((3, 4), torch.nan))
 
 
 def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = CheckpointWriter(tmp_path, planned())
+    writer.open(fresh=True)
     real: Callable[..., int] = os.pwrite
 
     def full(fd: int, data: bytes, offset: int) -> int:

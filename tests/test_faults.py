@@ -246,7 +246,7 @@ def fill_disk_after(patch: pytest.MonkeyPatch, limit: int) -> None:
     patch.setattr(os, "pwrite", pwrite)
 
 
-@pytest.mark.parametrize("limit", [0, 10_000, 60_000, 120_000])
+@pytest.mark.parametrize("limit", [0, 10_000, 60_000, 105_000])
 def test_a_disk_that_fills_up_stops_cleanly_and_the_rerun_finishes_with_the_same_bytes(
     limit: int, model: Path, tmp_path: Path, cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from compress.errors import CompressError
 
 SCHEMA = 1
 FILE = "manifest.json"
-UNHASHED = frozenset({FILE, "report.json"})
+UNHASHED = frozenset({FILE, "report.json", f"{FILE}.tmp", "report.json.tmp"})  # .tmp: left by a kill in mid-write
 
 
 def file_table(folder: Path) -> dict[str, dict[str, Any]]:

@@ -65,6 +65,8 @@ def parse_header(path: Path) -> dict[str, Entry]:
             header = json.loads(file.read(length))
     except FileNotFoundError as error:
         raise CompressError(f"{path}: missing", hint="download or copy the whole checkpoint again") from error
+    except OSError as error:
+        raise CompressError(f"{path}: cannot be read ({error.strerror})", hint="check its permissions") from error
     except (ValueError, UnicodeDecodeError) as error:
         raise broken("its header is not valid JSON") from error
     entries: dict[str, Entry] = {}

@@ -10,6 +10,10 @@ from compress.checkpoint.reader import INDEX
 from compress.errors import CompressError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_COMPANIONS = re.compile(
+    r".*\.(json|jinja|model|tiktoken|py)|(vocab|merges|added_tokens|special_tokens)\.txt|(licen[cs]e|notice|copying|use_policy).*",
+    re.IGNORECASE,
+)
 _WEIGHTS = (
     ".safetensors",
     ".bin",
@@ -58,7 +62,7 @@ def companions(folder: Path) -> list[Path]:
     return sorted(
         p
         for p in folder.iterdir()
-        if p.is_file() and not p.name.startswith(".") and not p.name.endswith(_WEIGHTS) and p.name not in _REWRITTEN
+        if p.is_file() and _COMPANIONS.fullmatch(p.name) and not p.name.endswith(_WEIGHTS) and p.name not in _REWRITTEN
     )
 
 

@@ -165,13 +165,20 @@ class CheckpointWriter:
             done += got
         return out
 
+    def open(self, fresh: bool) -> None:
+        """Create the shards, or, in a resumed run, find every one of them: a lost shard must not become zeros."""
+        for shard in self.shards:
+            final, temp = self.folder / shard.file, self.folder / (shard.file + ".tmp")
+            if fresh:
+                with disk_errors(temp), temp.open("wb") as file:
+                    file.write(shard.header)
+            elif not final.exists() and not temp.exists():
+                raise CompressError(f"{temp}: gone since the last run", hint="--restart begins again")
+
     def _fd(self, shard: Shard) -> int:
         if shard.file not in self._fds:
             final, temp = self.folder / shard.file, self.folder / (shard.file + ".tmp")
-            path = final if final.exists() else temp
-            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            self._fds[shard.file] = fd
-            os.pwrite(fd, shard.header, 0)
+            self._fds[shard.file] = os.open(final if final.exists() else temp, os.O_RDWR)
         self._dirty.add(shard.file)
         return self._fds[shard.file]
 

@@ -58,5 +58,7 @@ def main(args: list[str] | None = None) -> None:
             _fail(error.format_message() or "wrong arguments", f"see: compress {verb} --help".replace("  ", " "), 2)
         if debug:
             raise
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+            _fail("out of memory", "smaller --batch-size, fewer --nsamples, or --states disk", 1)
         _fail(f"{type(error).__name__}: {error}", "this is a bug in compress: run again with --debug and report it", 1)
     sys.exit(code if isinstance(code, int) else 0)

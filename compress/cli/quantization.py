@@ -89,7 +89,7 @@ def parse_size(text: str) -> int:
         number, factor = value, 1
     try:
         size = int(float(number) * factor)
-    except ValueError:
+    except (ValueError, OverflowError):
         size = 0
     if size < 1:
         raise CompressError(f"--max-shard-size {text!r} is not a size", hint="such as 5GB or 500MB", usage=True)

@@ -314,7 +314,7 @@ def compress(block: Block, stats: Mapping[str, InputStats], config: Config, run:
             gram = stats[name].group_gram()
             if name in fold.columns:
                 inverse = fold.columns[name].reciprocal().view(gram.shape[0], -1)
-                gram = gram * inverse.unsqueeze(1) * inverse.unsqueeze(2)
+                gram.mul_(inverse.unsqueeze(1)).mul_(inverse.unsqueeze(2))
             fitted = clip(W, gram, grid, config.clip_steps)
         packed[name], errors[name] = quantize(W, grid, fitted)
     return Result(packed, fold.tensors(), errors, {"scales": [r for *_, r in found]})

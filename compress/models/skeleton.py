@@ -74,7 +74,7 @@ def load_config(folder: Path, trust_remote_code: bool = False, compressed: bool 
 
     `compressed` accepts an artifact and returns the dense model's config.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     raw = read_json(folder / "config.json")
     kind = raw.get("model_type")
@@ -87,7 +87,10 @@ def load_config(folder: Path, trust_remote_code: bool = False, compressed: bool 
         logger.warning("%s brings its own code, which is not run (--trust-remote-code allows it)", folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # strict configs raise types of their own
+        if kind in CONFIG_MAPPING:
+            reason = str(error).strip().split("\n")[0]
+            raise CompressError(f"{folder}/config.json: {reason}", hint="correct the field, or download the file again") from error
         raise CompressError(
             f"{folder}: unknown model family {kind!r}",
             hint=f"in the table: {', '.join(FAMILIES)}; other decoders that transformers knows work too; is it spelled right?",
@@ -110,12 +113,15 @@ class Skeleton:
         try:
             with init_empty_weights(include_buffers=False):
                 self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        except ValueError as error:
+        except (ValueError, KeyError, ImportError) as error:
             raise CompressError(
                 f"model family {config.model_type!r} has no causal language model in transformers",
                 hint=f"in the table: {', '.join(FAMILIES)}; other decoder-only families work too",
             ) from error
         self.model.eval().requires_grad_(False)
+        embedding = self.model.get_input_embeddings()
+        if isinstance(embedding, nn.Embedding):
+            embedding.padding_idx = None  # `embed` hands in only the rows of a batch; a forward pass does not use it
         self.family: Family | None = FAMILIES.get(config.model_type)
         self.path = self.family.blocks if self.family else self._find_blocks()
         blocks = self.model.get_submodule(self.path)
@@ -211,7 +217,10 @@ class Skeleton:
         names = {n: p for n, p in base.named_parameters() if id(p) not in own}
         prefix = next((n for n, m in self.model.named_modules() if m is base), "")
         tensors = {n: view.read(f"{prefix}.{n}" if prefix else n).to(device, dtype) for n in names}
-        tensors |= {n: b.to(device) for n, b in base.named_buffers()}
+        stored = set(view.names)
+        for n, b in base.named_buffers():
+            full = f"{prefix}.{n}" if prefix else n
+            tensors[n] = (view.read(full) if full in stored else b).to(device)
         embedding_name = next(n for n, m in self.model.named_modules() if m is embedding) + ".weight"
         recorders = [_Recorder(b) for b in self.blocks]
         for i, recorder in enumerate(recorders):
@@ -297,7 +306,7 @@ class _FirstInput:
 
 
 class CheckpointView:
-    """A checkpoint's tensors under the names of the model's state dict, Conv1D weights turned to (O, I).
+    """A checkpoint's tensors, as stored, under the names of the model's state dict.
 
     Older checkpoints lack the base model's prefix (`h.0…` for `transformer.h.0…`); tensors that the model does not know are
     listed in `extra` and travel unchanged.
@@ -307,7 +316,6 @@ class CheckpointView:
         self.reader = reader
         wanted = skeleton.parameters()
         prefix = f"{skeleton.model.base_model_prefix}."
-        self._conv1d = skeleton.conv1d_weights
         self._source: dict[str, str] = {}
         buffers = dict(skeleton.model.named_buffers())
         for name, shape in wanted.items():

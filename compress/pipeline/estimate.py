@@ -55,7 +55,7 @@ def estimate(
     if tokens:
         peak += _data_bytes(skeleton, layout, method, config, tokens, batch_size, seqlen, dtype, states, elements, largest)
     else:
-        peak += 24 * largest  # fp32 copies and codes of one linear
+        peak += 13 * largest  # fp32 copies and codes of one linear, measured
     peak = max(peak, rss() + 2 * min(max(rest, default=0), 64 << 20))
     return Estimate(
         size,
@@ -80,7 +80,7 @@ def _data_bytes(
     meta = {n: torch.empty(s, device="meta") for n, s in shapes.items() if prefix + n in layout.targets}
     block = Block(0, meta, {}, skeleton.groups(0), skeleton.scalings(), skeleton.no_clip(0))
     collect = method.collects(block, config)
-    width = skeleton.config.hidden_size
+    width = skeleton.config.get_text_config().hidden_size
     statistics = 0
     for name, want in collect.stats.items():
         inputs = shapes[name][1]
@@ -102,7 +102,7 @@ def _seconds(skeleton: Skeleton, config: Any, weights: int, tokens: int, size: i
     for _ in range(4):
         a @ a
     flops = 4 * 2 * 512**3 / (time.perf_counter() - start)
-    rounding = weights * 2.5e-8
+    rounding = weights * 4.5e-8
     if not tokens:
         return rounding + size / 3e8
     tried = (getattr(config, "grid", 20) + 2) * (0.125 if getattr(config, "search", "") == "fast" else 1) + getattr(

@@ -187,7 +187,7 @@ class Forward:
         """A block's tensors as stored, by relative name; linear weights turned to (O, I)."""
         prefix = self.walk.skeleton.prefix(index)
         names = [n for n in self.walk.view.names if n.startswith(prefix)]
-        return {n.removeprefix(prefix): self._turn(n, self.walk.view.read(n)) for n in names}
+        return {n.removeprefix(prefix): self._turn(n, self.walk.view.read(n).to(self.walk.device)) for n in names}
 
     def _turn(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Swap a Conv1D weight between (I, O) and (O, I); anything else as it is."""
@@ -198,7 +198,7 @@ class Forward:
         walk = self.walk
         prefix, block = walk.skeleton.prefix(index), walk.skeleton.blocks[index]
         params = {n: self._turn(prefix + n, tensors[n]).to(walk.device, walk.dtype) for n, _ in block.named_parameters()}
-        return params | {n: b.to(walk.device) for n, b in block.named_buffers()}
+        return params | {n: tensors.get(n, b).to(walk.device) for n, b in block.named_buffers()}
 
     def _compressed(self, index: int) -> Tensors:
         """A finished block's parameters, read back from the artifact."""
@@ -248,14 +248,17 @@ class Forward:
         runner.close()
         for kept in inputs.values():
             kept.close()
+        del params, runner, stats, by_linear  # room for the compressed block
         if self.propagate:
-            tensors = dict(block.tensors) | dict(result.tensors)
-            tensors |= {f"{n}.weight": int_grouped.dequantize(p) for n, p in result.packed.items()}
-            if walk.layout.name == "dense":
-                dtype = dtypes.TORCH[next(iter(walk.layout.targets.values())).dtype]
-                tensors |= {f"{n}.weight": tensors[f"{n}.weight"].to(dtype) for n in result.packed}
-            self._advance(index, self._compute(index, tensors))
+            self._advance(index, self._compute(index, self._as_stored(block, result)))
         return result
+
+    def _as_stored(self, block: Block, result: Result) -> Tensors:
+        """A compressed block's tensors with the rounding that the artifact gives them: what a resumed run reads back."""
+        prefix, plan = self.walk.skeleton.prefix(block.index), self.writer.plan
+        tensors = {**block.tensors, **result.tensors}
+        tensors |= {f"{n}.weight": int_grouped.dequantize(p) for n, p in result.packed.items()}
+        return {n: t.to(dtypes.TORCH[plan[prefix + n].dtype]) if prefix + n in plan else t for n, t in tensors.items()}
 
     @contextmanager
     def _observe(self, index: int, collect: Collect) -> Iterator[tuple[dict[str, InputStats], dict[str, ModuleInputs]]]:

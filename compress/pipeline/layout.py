@@ -61,14 +61,15 @@ class Layout:
         return {f"{target.name}.{suffix}": t for suffix, t in packed.tensors.items()}
 
     def packed(self, target: Target, params: dict[str, Any], read: Callable[[str], torch.Tensor]) -> Packed:
-        """The reverse of `tensors` for pack-quantized: a linear read back from its tensors."""
-        suffixes = int_grouped.spec(params, target.shape, target.dtype)
-        tensors = {s: read(f"{target.name}.{s}") for s in suffixes}
-        return Packed(int_grouped.KIND, int_grouped.VERSION, params, tensors, target.shape)
+        """The reverse of `tensors` but for dense: a linear read back from its tensors."""
+        module = registry.load("formats", LAYOUTS[self.name])
+        suffixes = module.spec(params, target.shape, target.dtype)
+        found = Packed(module.KIND, module.VERSION, params, {s: read(f"{target.name}.{s}") for s in suffixes}, target.shape)
+        return module.to_int_grouped(found) if self.name == "awq" else found
 
 
-def matcher(patterns: tuple[str, ...]) -> Callable[[str], str | None]:
-    """A function that returns the first pattern (`re:…` or a full name) that a module name matches."""
+def matcher(patterns: tuple[str, ...]) -> Callable[[str], list[str]]:
+    """A function that returns the patterns (`re:…` or a full name) that a module name matches."""
     compiled: list[tuple[str, re.Pattern[str]]] = []
     for pattern in patterns:
         try:
@@ -78,7 +79,7 @@ def matcher(patterns: tuple[str, ...]) -> Callable[[str], str | None]:
             raise CompressError(
                 f"--ignore {pattern!r} is not a regular expression ({error})", hint="quote it", usage=True
             ) from error
-    return lambda name: next((p for p, c in compiled if c.fullmatch(name)), None)
+    return lambda name: [p for p, c in compiled if c.fullmatch(name)]
 
 
 def make(skeleton: Skeleton, view: CheckpointView, config: Any, layout: str, ignore: tuple[str, ...]) -> Layout:
@@ -113,9 +114,9 @@ def _targets(skeleton: Skeleton, view: CheckpointView, config: Any, ignore: tupl
     for index in range(len(skeleton.blocks)):
         for relative, shape in skeleton.linears(index).items():
             name = skeleton.prefix(index) + relative
-            pattern = ignored(name)
-            if pattern is not None:
-                hits.add(pattern)
+            found = ignored(name)
+            if found:
+                hits.update(found)
                 continue
             dtype = view.dtype(f"{name}.weight")
             if dtype not in ("F32", "F16", "BF16"):
@@ -129,6 +130,13 @@ def _targets(skeleton: Skeleton, view: CheckpointView, config: Any, ignore: tupl
     if unused:
         raise CompressError(
             f"--ignore {unused[0]!r} matches no linear", hint="names look like " + next(iter(targets), "?"), usage=True
+        )
+    first = next(iter(targets.values()), None)
+    odd = next((t for t in targets.values() if first is not None and t.dtype != first.dtype), None)
+    if odd is not None and first is not None:
+        raise CompressError(
+            f"{odd.name}: stored as {odd.dtype}, {first.name} as {first.dtype}",
+            hint=f"--ignore {odd.name}, or save the checkpoint in one dtype",
         )
     if not targets:
         raise CompressError("every linear is ignored: nothing to compress", hint="drop an --ignore", usage=True)

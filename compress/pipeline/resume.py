@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoint.reader import read_json
-from compress.checkpoint.writer import disk_errors, write_json
+from compress.checkpoint.writer import disk_errors, fsync_folder, write_json
 from compress.errors import CompressError
 
 
@@ -30,7 +30,7 @@ class WorkDir:
     def __init__(self, path: Path, job: str, restart: bool) -> None:
         self.path = path
         self.artifact = path / "artifact"
-        ours = (path / "lock").exists() or not path.exists() or not any(path.iterdir())
+        ours = (path / "lock").exists() or not path.exists() or (path.is_dir() and not any(path.iterdir()))
         if not ours:
             raise CompressError(f"{path}: exists and is not a work folder of compress", hint="choose another --work-dir or -o")
         with disk_errors(path):
@@ -41,7 +41,7 @@ class WorkDir:
         except OSError as error:
             os.close(self._lock)
             raise CompressError(f"{path}: another run is working here", hint="wait for it, or choose another -o") from error
-        known = read_json(path / "job.json")["job"] if (path / "job.json").exists() else None
+        known = job_of(path)
         if known not in (None, job) and not restart:
             self.close()
             raise CompressError(
@@ -75,23 +75,57 @@ class WorkDir:
         with disk_errors(self.path / "report.jsonl"), (self.path / "report.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def publish(self, out: Path, keep: bool) -> None:
-        """Rename the artifact to `out`; remove the work folder unless `keep`."""
+    def publish(self, out: Path, keep: bool, replace: bool) -> None:
+        """Rename the artifact to `out`; remove the work folder unless `keep`. Only with `replace` may `out` hold something."""
+        if out.is_dir() and any(out.iterdir()) and not replace:
+            raise CompressError(f"{out}: appeared while the work was going on", hint="move it away and run the same command again")
         with disk_errors(out):
             if out.is_dir():
                 old = self.path / "replaced"
                 shutil.rmtree(old, ignore_errors=True)
                 os.replace(out, old)
             os.replace(self.artifact, out)
-        shutil.rmtree(self.path / "replaced", ignore_errors=True)
-        (self.path / "job.json").unlink(missing_ok=True)
-        (self.path / "progress.json").unlink(missing_ok=True)
+            fsync_folder(out.absolute().parent)
+        if keep:
+            shutil.rmtree(self.path / "replaced", ignore_errors=True)
+            (self.path / "job.json").unlink(missing_ok=True)
+            (self.path / "progress.json").unlink(missing_ok=True)
+        else:
+            _remove(self.path)
         self.close()
-        if not keep:
-            shutil.rmtree(self.path, ignore_errors=True)
 
     def close(self) -> None:
         """Release the lock; a second call does nothing."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+def _remove(path: Path) -> None:
+    """Delete a work folder; the lock, by which it is known as one, goes last."""
+    for entry in path.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != "lock":
+            entry.unlink(missing_ok=True)
+    (path / "lock").unlink(missing_ok=True)
+    path.rmdir()
+
+
+def tidy(path: Path) -> None:
+    """Remove what a kill between the final rename and the clean-up left; never another run's work."""
+    if not (path / "lock").exists() or (path / "artifact").exists():
+        return
+    lock = os.open(path / "lock", os.O_RDWR)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _remove(path)
+    except OSError:  # somebody works there, or a file of the user's lies in it: leave it
+        return
+    finally:
+        os.close(lock)
+
+
+def job_of(path: Path) -> str | None:
+    """The fingerprint of the unfinished job in a work folder, if there is one."""
+    return read_json(path / "job.json")["job"] if (path / "job.json").exists() else None
