@@ -156,11 +156,7 @@ def quantize(
     facts = _facts(job, calib, seed)
     mark = fingerprint({**facts, "format": format, "batch": job.batch_size, "device": job.device.split(":")[0],
                         "ignore": list(ignore), "shard": job.max_shard})  # fmt: skip
-    out = Path(out)
-    if not out.absolute().name:
-        raise CompressError(f"{out} cannot be an output folder", hint="give -o a new name", usage=True)
-    work_path = Path(work_dir) if work_dir is not None else out.absolute().with_name(out.absolute().name + ".partial")
-    _check_places(out, work_path)
+    out, work_path = _places(Path(out), Path(work_dir) if work_dir is not None else None)
     replace = not resume or job_of(work_path) == mark  # the latter: a --restart that was killed goes on
     if _already_done(out, mark, replace):
         if work_dir is None:
@@ -241,8 +237,11 @@ def _facts(job: Job, calib: calibration.Calibration | None, seed: int | None) ->
     }
 
 
-def _check_places(out: Path, work: Path) -> None:
-    """Make the parent folders, and refuse a work folder from which the artifact could not be renamed to `out`."""
+def _places(out: Path, work_dir: Path | None) -> tuple[Path, Path]:
+    """The output folder and the work folder, with their parents made; the artifact must move by a rename between them."""
+    if not out.absolute().name:
+        raise CompressError(f"{out} cannot be an output folder", hint="give -o a new name", usage=True)
+    work = work_dir if work_dir is not None else out.absolute().with_name(out.absolute().name + ".partial")
     a, b = out.resolve(), work.resolve()
     if a == b or a in b.parents or b in a.parents:
         raise CompressError(f"{out} and --work-dir {work} lie inside each other", hint="put them side by side", usage=True)
@@ -253,6 +252,7 @@ def _check_places(out: Path, work: Path) -> None:
         raise CompressError(
             f"--work-dir {work} and {out} are on different file systems", hint="put both on one: the artifact is moved by a rename"
         )
+    return out, work
 
 
 def _already_done(out: Path, mark: str, replace: bool) -> bool:

@@ -92,3 +92,9 @@ def test_a_hub_name_without_network_is_one_clear_error(tokenizer: Any) -> None:
 def test_a_foreign_tokenizer_is_caught(tokenizer: Any) -> None:
     with pytest.raises(CompressError, match="outside the model's vocabulary"):
         load(CALIBRATION, tokenizer, vocab=100)
+
+
+def test_the_same_tokens_cut_otherwise_have_another_hash(tokenizer: Any) -> None:
+    one, other = (load(CALIBRATION, tokenizer, nsamples=n, seqlen=s) for n, s in ((4, 64), (8, 32)))
+    assert torch.equal(one.tokens.flatten(), other.tokens.flatten())
+    assert one.sha256 != other.sha256

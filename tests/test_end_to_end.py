@@ -226,3 +226,34 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
     assert process.wait() == 130, err
     assert "run the same command again" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("layout", ["pack-quantized", "awq", "dense"])
+def test_a_propagating_run_resumes_to_the_same_bytes_in_every_format(
+    layout: str, pico: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The states of a resumed run come from what was written: it must be what the unbroken run went on with."""
+    from compress.pipeline.forward import Forward
+
+    options = {"group_size": 32, "dataset": _ascii(tmp_path), "nsamples": 4, "seqlen": 32, "propagate": True, "format": layout}
+    folder = pico("qwen2", torch.bfloat16)
+    compress.quantize(folder, "awq", tmp_path / "whole", **options)
+    real = Forward._block
+
+    def dies(self: Forward, index: int) -> tuple[float, float]:
+        if index == 1:
+            raise KeyboardInterrupt
+        return real(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Forward, "_block", dies)
+        with pytest.raises(KeyboardInterrupt):
+            compress.quantize(folder, "awq", tmp_path / "out", **options)
+    compress.quantize(folder, "awq", tmp_path / "out", **options)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def _ascii(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    return path

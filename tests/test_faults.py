@@ -324,3 +324,51 @@ def test_verify_and_inspect_refuse_what_is_no_artifact(model: Path, tmp_path: Pa
     for verb in ("verify", "inspect"):
         assert cli(verb, model).code == 1
         assert cli(verb, tmp_path / "nowhere").code == 2
+
+
+def test_a_kept_work_folder_survives_a_second_run_and_strangers_work_is_never_tidied_away(
+    model: Path, tmp_path: Path, cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, work = tmp_path / "out", tmp_path / "work"
+    args = ["quantize", model, "-m", "rtn", "--group-size", 32, "-o", out]
+    for _ in range(2):
+        assert cli(*args, "--work-dir", work).code == 0
+        assert (work / "report.jsonl").exists()
+    with monkeypatch.context() as patch:  # another job for the same OUT dies half-way
+        fill_disk_after(patch, 40_000)
+        assert cli("quantize", model, "-m", "rtn", "--group-size", 64, "-o", out, "--restart").code == 1
+    partial = out.with_name("out.partial")
+    before = tree(partial)
+    assert cli(*args).code == 0
+    assert tree(partial) == before
+    # a killed --restart goes on without it
+    assert cli("quantize", model, "-m", "rtn", "--group-size", 64, "-o", out).code == 0
+    assert json.loads((out / "manifest.json").read_text())["config"]["group_size"] == 64
+    assert not partial.exists()
+
+
+def test_a_shard_that_vanished_between_two_runs_is_an_error_not_zeros(
+    model: Path, tmp_path: Path, cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["quantize", model, "-m", "rtn", "--group-size", 32, "-o", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        fill_disk_after(patch, 60_000)
+        assert cli(*args).code == 1
+    assert json.loads((tmp_path / "out.partial" / "progress.json").read_text())["done"] >= 1
+    (tmp_path / "out.partial" / "artifact" / "model.safetensors.tmp").unlink()
+    done = cli(*args)
+    assert done.code == 1
+    assert "gone since the last run" in done.err
+
+
+def test_output_and_work_folders_may_not_lie_inside_each_other(model: Path, tmp_path: Path, cli: Callable[..., Outcome]) -> None:
+    args = ["quantize", model, "-m", "rtn", "--group-size", 32]
+    for out, work in (("a", "a"), ("a", "a/w"), ("w/a", "w")):
+        done = cli(*args, "-o", tmp_path / out, "--work-dir", tmp_path / work)
+        assert done.code == 2
+        assert "inside each other" in done.err
+
+
+def test_a_missing_parent_folder_is_made(model: Path, tmp_path: Path, cli: Callable[..., Outcome]) -> None:
+    assert cli("quantize", model, "-m", "rtn", "--group-size", 32, "-o", tmp_path / "deep" / "er" / "out").code == 0
+    assert cli("verify", tmp_path / "deep" / "er" / "out").code == 0

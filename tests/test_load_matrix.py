@@ -118,3 +118,20 @@ def test_a_dense_gpt2_export_loads_in_stock_transformers(pico: Callable[..., Pat
         want = dense(torch.tensor([[5, 6, 7]])).logits
     got = torch.load(tmp_path / "logits.pt", weights_only=True)
     assert float((got - want).norm() / want.norm()) < 0.05
+
+
+def test_a_linear_that_stock_loaders_cannot_read_stays_dense(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=1
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    compress.quantize(tmp_path / "model", "rtn", tmp_path / "out", bits=4, group_size=32)
+    ids = [[5, 17, 33, 21, 8]]
+    done = python(STOCK, tmp_path / "out", tmp_path / "logits.pt", json.dumps(ids))
+    assert done.returncode == 0, done.stderr[-2000:]
+    model = compress.load(tmp_path / "out", dtype=torch.float32, exact=True)
+    with torch.no_grad():
+        assert torch.equal(model(torch.tensor(ids)).logits, torch.load(tmp_path / "logits.pt", weights_only=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from compress.formats import int_grouped
 from compress.models.skeleton import CheckpointView, Skeleton
 from compress.types import Packed
 
+logger = logging.getLogger(__name__)
 LAYOUTS = {"pack-quantized": "int_grouped", "awq": "awq", "dense": "dense"}
 
 
@@ -86,7 +88,7 @@ def make(skeleton: Skeleton, view: CheckpointView, config: Any, layout: str, ign
     """Plan an artifact from headers alone. Refuses linears that the method's config cannot hold."""
     if layout not in LAYOUTS:
         raise CompressError(f"--format {layout!r} is unknown", hint=nearest(layout, list(LAYOUTS)), usage=True)
-    targets = _targets(skeleton, view, config, ignore)
+    targets = _targets(skeleton, view, config, ignore, layout)
     conv1d = any(t.transposed for t in targets.values())
     if layout == "awq" and conv1d:
         raise CompressError("--format awq cannot hold transposed Conv1D layers (GPT-2)", hint="use the default format", usage=True)
@@ -106,7 +108,12 @@ def make(skeleton: Skeleton, view: CheckpointView, config: Any, layout: str, ign
     return Layout(layout, targets, tuple(plan), conv1d and layout == "pack-quantized", cast)
 
 
-def _targets(skeleton: Skeleton, view: CheckpointView, config: Any, ignore: tuple[str, ...]) -> dict[str, Target]:
+def _unreadable(params: dict[str, Any], shape: tuple[int, int]) -> bool:
+    """A single word row of packed zero-points: compressed-tensors 0.20 fails on it, so we do not write it."""
+    return params["bits"] == 4 and not params["symmetric"] and shape[0] <= 8 and int_grouped.groups(params, shape) > 1
+
+
+def _targets(skeleton: Skeleton, view: CheckpointView, config: Any, ignore: tuple[str, ...], layout: str) -> dict[str, Target]:
     ignored = matcher(ignore)
     hits: set[str] = set()
     conv1d = skeleton.conv1d_weights
@@ -125,6 +132,11 @@ def _targets(skeleton: Skeleton, view: CheckpointView, config: Any, ignore: tupl
                     hint="start from a 16-bit or 32-bit checkpoint",
                 )
             config.check(name, shape)
+            if layout == "pack-quantized" and _unreadable(config.params(), shape):
+                logger.warning(
+                    "%s stays dense: compressed-tensors 0.20 cannot read 4-bit zero-points of %d outputs", name, shape[0]
+                )
+                continue
             targets[name] = Target(name, shape, f"{name}.weight" in conv1d, dtype)
     unused = [p for p in ignore if p not in hits]
     if unused:
