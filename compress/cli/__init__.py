@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
+_GO_ON = "run the same command again to go on where it stopped"
 HELP = "Compress large language models after training: quantize, inspect, verify, evaluate, run."
 
 
@@ -42,7 +43,7 @@ def main(args: list[str] | None = None) -> None:
             raise
         _fail(error.message, error.hint, error.exit_code)
     except (KeyboardInterrupt, EOFError):
-        _fail("interrupted", "run the same command again to go on where it stopped", 130)
+        _fail("interrupted", _GO_ON, 130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
@@ -52,7 +53,7 @@ def main(args: list[str] | None = None) -> None:
         raise
     except Exception as error:
         if type(error).__name__ == "Abort":
-            _fail("interrupted", "run the same command again to go on where it stopped", 130)
+            _fail("interrupted", _GO_ON, 130)
         if hasattr(error, "format_message"):  # usage errors of the option parser
             verb = next((a for a in args if not a.startswith("-")), "")
             _fail(error.format_message() or "wrong arguments", f"see: compress {verb} --help".replace("  ", " "), 2)
@@ -61,4 +62,6 @@ def main(args: list[str] | None = None) -> None:
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
             _fail("out of memory", "smaller --batch-size, fewer --nsamples, or --states disk", 1)
         _fail(f"{type(error).__name__}: {error}", "this is a bug in compress: run again with --debug and report it", 1)
+    if code == 130:  # the option parser turns Ctrl-C into this code and says nothing
+        _fail("interrupted", _GO_ON, 130)
     sys.exit(code if isinstance(code, int) else 0)
