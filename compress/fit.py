@@ -158,7 +158,7 @@ def quantize(
                         "ignore": list(ignore), "shard": job.max_shard})  # fmt: skip
     out, work_path = _places(Path(out), Path(work_dir) if work_dir is not None else None)
     replace = not resume or job_of(work_path) == mark  # the latter: a --restart that was killed goes on
-    if _already_done(out, mark, replace):
+    if _already_done(out, mark, not resume, replace):
         if work_dir is None:
             tidy(work_path)
         logger.info("%s is already there, made by the same job (--restart makes it again)", out)
@@ -255,7 +255,7 @@ def _places(out: Path, work_dir: Path | None) -> tuple[Path, Path]:
     return out, work
 
 
-def _already_done(out: Path, mark: str, replace: bool) -> bool:
+def _already_done(out: Path, mark: str, restart: bool, replace: bool) -> bool:
     if not out.exists():
         return False
     if not out.is_dir():
@@ -268,7 +268,7 @@ def _already_done(out: Path, mark: str, replace: bool) -> bool:
         raise CompressError(f"{out}: exists and is not an artifact of compress", hint="choose another -o, or remove it") from error
     if not str(known.get("tool", "")).startswith(TOOL):
         raise CompressError(f"{out}: exists and was written by another tool", hint="choose another -o, or remove it")
-    if replace:
+    if restart or (replace and known.get("job") != mark):
         return False
     if known.get("job") != mark:
         raise CompressError(f"{out}: holds the result of another job", hint="--restart replaces it; or choose another -o")
