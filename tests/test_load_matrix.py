@@ -33,17 +33,17 @@ torch.save(first, sys.argv[2])
 IDS = [[1, 9038, 2501, 263, 931, 727, 471, 263, 2217, 7826, 4257, 365]]
 
 
-def stock_logits(folder: Path, tmp_path: Path) -> torch.Tensor:
-    done = python(STOCK, folder, tmp_path / "logits.pt", json.dumps(IDS))
+def stock_logits(folder: Path, tmp_path: Path, ids: list[list[int]] = IDS) -> torch.Tensor:
+    done = python(STOCK, folder, tmp_path / "logits.pt", json.dumps(ids))
     assert done.returncode == 0, done.stderr[-2000:]
     logits: torch.Tensor = torch.load(tmp_path / "logits.pt", weights_only=True)
     return logits
 
 
-def own_logits(folder: Path) -> torch.Tensor:
+def own_logits(folder: Path, ids: list[list[int]] = IDS) -> torch.Tensor:
     model = compress.load(folder, dtype=torch.float32, exact=True)
     with torch.no_grad():
-        logits: torch.Tensor = model(torch.tensor(IDS)).logits
+        logits: torch.Tensor = model(torch.tensor(ids)).logits
     return logits
 
 
@@ -72,11 +72,7 @@ def test_stock_transformers_gives_our_logits(method: str, bits: int, group: int,
 def test_an_asymmetric_artifact_of_a_float32_model_gives_equal_logits(bits: int, pico: Callable[..., Path], tmp_path: Path) -> None:
     compress.quantize(pico("llama"), "rtn", tmp_path / "out", bits=bits, group_size=32)
     ids = [[5, 17, 99, 64, 33, 21, 8]]
-    done = python(STOCK, tmp_path / "out", tmp_path / "logits.pt", json.dumps(ids))
-    assert done.returncode == 0, done.stderr[-2000:]
-    model = compress.load(tmp_path / "out", dtype=torch.float32, exact=True)
-    with torch.no_grad():
-        assert torch.equal(model(torch.tensor(ids)).logits, torch.load(tmp_path / "logits.pt", weights_only=True))
+    assert torch.equal(own_logits(tmp_path / "out", ids), stock_logits(tmp_path / "out", tmp_path, ids))
 
 
 def test_a_dense_artifact_is_an_ordinary_checkpoint(tmp_path: Path) -> None:
@@ -90,11 +86,7 @@ def test_every_portable_family_loads_in_stock_transformers(family: str, pico: Ca
     text.write_text("The quick brown fox jumps over the lazy dog. " * 50)
     compress.quantize(pico(family), "awq", tmp_path / "out", group_size=32, dataset=text, nsamples=2, seqlen=32)
     ids = [[5, 17, 99, 64, 33, 21, 8]]
-    done = python(STOCK, tmp_path / "out", tmp_path / "logits.pt", json.dumps(ids))
-    assert done.returncode == 0, done.stderr[-2000:]
-    model = compress.load(tmp_path / "out", dtype=torch.float32, exact=True)
-    with torch.no_grad():
-        assert torch.equal(model(torch.tensor(ids)).logits, torch.load(tmp_path / "logits.pt", weights_only=True))
+    assert torch.equal(own_logits(tmp_path / "out", ids), stock_logits(tmp_path / "out", tmp_path, ids))
 
 
 def test_what_stock_transformers_cannot_read_it_refuses(
@@ -130,8 +122,4 @@ def test_a_linear_that_stock_loaders_cannot_read_stays_dense(tmp_path: Path) -> 
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     compress.quantize(tmp_path / "model", "rtn", tmp_path / "out", bits=4, group_size=32)
     ids = [[5, 17, 33, 21, 8]]
-    done = python(STOCK, tmp_path / "out", tmp_path / "logits.pt", json.dumps(ids))
-    assert done.returncode == 0, done.stderr[-2000:]
-    model = compress.load(tmp_path / "out", dtype=torch.float32, exact=True)
-    with torch.no_grad():
-        assert torch.equal(model(torch.tensor(ids)).logits, torch.load(tmp_path / "logits.pt", weights_only=True))
+    assert torch.equal(own_logits(tmp_path / "out", ids), stock_logits(tmp_path / "out", tmp_path, ids))
