@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from compress import calibration, registry
+from compress import calibration, devices, registry
 from compress.checkpoint import manifest, source
 from compress.checkpoint.reader import CheckpointReader
 from compress.checkpoint.writer import MAX_SHARD, CheckpointWriter, disk_errors, plan_shards
@@ -24,7 +24,7 @@ from compress.models.skeleton import CheckpointView, Skeleton, load_config
 from compress.pipeline import artifact, layout
 from compress.pipeline.estimate import Estimate, estimate, on_disk
 from compress.pipeline.forward import Forward, Progress, Walk
-from compress.pipeline.resume import WorkDir, fingerprint, job_of, tidy
+from compress.pipeline.resume import WorkDir, fingerprint, may_replace, tidy
 
 logger = logging.getLogger(__name__)
 TOOL = "llm-compress"
@@ -74,21 +74,6 @@ def make_config(method: ModuleType, options: dict[str, Any]) -> Any:
     return method.Config(**options)
 
 
-def pick_device(device: str) -> str:
-    """`auto` is the first GPU if there is one."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        parsed = torch.device(device)
-    except RuntimeError:
-        parsed = torch.device("meta")
-    if parsed.type not in ("cpu", "cuda"):
-        raise CompressError(f"--device {device!r} is unknown", hint="use auto, cpu, cuda or cuda:N", usage=True)
-    if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
-        raise CompressError(f"--device {device}: torch sees no such GPU", hint="use --device cpu, or another number", usage=True)
-    return "cpu" if parsed.type == "cpu" else device
-
-
 def prepare(
     model: str | Path, method: str, *, format: str, ignore: tuple[str, ...], device: str, batch_size: int | None,
     nsamples: int, seqlen: int | None, max_shard: int, trust_remote_code: bool, options: dict[str, Any],
@@ -101,7 +86,7 @@ def prepare(
     skeleton = Skeleton(hf_config, trust_remote_code)
     view = CheckpointView(CheckpointReader(folder), skeleton)
     plan = layout.make(skeleton, view, config, format, ignore)
-    device = pick_device(device)
+    device = devices.pick(device)
     half = device != "cpu" and all(t.dtype == "BF16" for t in plan.targets.values())
     length = calibration.pick_seqlen(seqlen, hf_config) if module.CALIBRATED else seqlen
     if batch_size is not None and batch_size < 1:
@@ -157,7 +142,7 @@ def quantize(
     mark = fingerprint({**facts, "format": format, "batch": job.batch_size, "device": job.device.split(":")[0],
                         "ignore": list(ignore), "shard": job.max_shard})  # fmt: skip
     out, work_path = _places(Path(out), Path(work_dir) if work_dir is not None else None)
-    replace = not resume or job_of(work_path) == mark  # the latter: a --restart that was killed goes on
+    replace = not resume or may_replace(work_path, mark)
     if _already_done(out, mark, not resume, replace):
         if work_dir is None:
             tidy(work_path)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from compress import registry
+from compress import devices, registry
 from compress.checkpoint import dtypes, manifest, source
 from compress.checkpoint.reader import CheckpointReader, read_json
 from compress.errors import CompressError
@@ -55,8 +55,7 @@ def load(
     folder = source.resolve(path)
     settings = read_json(folder / "config.json").get("quantization_config")
     reader = CheckpointReader(folder)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = devices.pick(device)
     config = load_config(folder, compressed=True)
     with _transformers_errors(folder):
         chosen = _dtype(dtype, config, torch.device(device), bool(exact))

@@ -13,7 +13,7 @@ from conftest import ROOT, python
 
 LEVELS = [
     {"errors", "log", "types"},
-    {"registry", "formats", "checkpoint", "stats"},
+    {"registry", "formats", "checkpoint", "stats", "devices"},
     {"models", "calibration"},
     {"modules", "methods"},
     {"pipeline", "loading"},

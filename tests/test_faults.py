@@ -347,6 +347,30 @@ def test_a_kept_work_folder_survives_a_second_run_and_strangers_work_is_never_ti
     assert not partial.exists()
 
 
+def test_going_on_never_replaces_what_appeared_at_out_meanwhile(
+    model: Path, tmp_path: Path, cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    args = ["quantize", model, "-m", "rtn", "--group-size", 32, "-o", out]
+    with monkeypatch.context() as patch:
+        fill_disk_after(patch, 40_000)
+        assert cli(*args).code == 1
+    assert cli("quantize", model, "-m", "rtn", "--group-size", 64, "-o", other).code == 0
+    other.rename(out)
+    done = cli(*args)
+    assert done.code == 1
+    assert "another job" in done.err
+    assert cli(*args, "--restart").code == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("verb", [("eval", "--text", __file__), ("generate", "--prompt", "x")], ids=lambda v: v[0])
+def test_a_gpu_that_is_not_there_is_a_usage_error(model: Path, cli: Callable[..., Outcome], verb: tuple[str, ...]) -> None:
+    done = cli(verb[0], model, *verb[1:], "--device", "cuda")
+    assert done.code == 2
+    assert "torch sees no such GPU" in done.err
+
+
 def test_a_shard_that_vanished_between_two_runs_is_an_error_not_zeros(
     model: Path, tmp_path: Path, cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:

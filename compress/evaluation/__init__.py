@@ -126,14 +126,15 @@ def _place(device: str, dtype: Any, *models: Any) -> tuple[str, Any]:
     """Where and in which dtype to load: as asked; else as the model in memory; else the best device, fp32 on a CPU."""
     import torch
 
+    from compress import devices
+
     if isinstance(dtype, str):
         known = getattr(torch, _DTYPES.get(dtype, dtype), None)
         if not isinstance(known, torch.dtype):
             raise CompressError(f"{dtype}: no such dtype", hint="use float32, float16 or bfloat16", usage=True)
         dtype = known
     live = next((m for m in models if m is not None and not _is_path(m)), None)
-    if device == "auto":
-        device = str(live.device) if live is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(live.device) if device == "auto" and live is not None else devices.pick(device)
     if dtype is None and live is not None:
         dtype = live.dtype
     return device, torch.float32 if dtype is None and torch.device(device).type == "cpu" else dtype

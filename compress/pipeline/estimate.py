@@ -11,8 +11,8 @@ import torch
 
 from compress.checkpoint import dtypes
 from compress.models.skeleton import CheckpointView, Skeleton
-from compress.pipeline.forward import rss
 from compress.pipeline.layout import Layout
+from compress.pipeline.memory import rss
 from compress.types import Block, Stat
 
 

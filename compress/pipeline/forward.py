@@ -7,11 +7,7 @@ an unbroken run compute the same numbers.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import logging
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +23,7 @@ from compress.checkpoint.writer import CheckpointWriter
 from compress.errors import CompressError
 from compress.formats import int_grouped
 from compress.models.skeleton import CheckpointView, Skeleton, check_finite
+from compress.pipeline import memory
 from compress.pipeline.layout import Layout
 from compress.pipeline.resume import WorkDir
 from compress.pipeline.states import ModuleInputs, Store, tensor_ids
@@ -65,21 +62,6 @@ class Walk:
     dtype: torch.dtype
     states_on_disk: bool
     progress: Callable[[Progress], None] | None = None
-
-
-def rss() -> int:
-    """Resident memory of this process in bytes; 0 where the system does not say."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
-
-
-def _trim() -> None:
-    """Give freed memory back to the system, so that one block's garbage does not add to the next one's peak."""
-    gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _BlockRunner:
@@ -144,6 +126,7 @@ class Forward:
     def run(self) -> None:
         """Compress every block from the resume point on, then copy the rest."""
         walk, blocks = self.walk, len(self.walk.skeleton.blocks)
+        memory.map_large_tensors()
         done = self.work.done
         if done < blocks and walk.tokens is not None:
             self._start(done)
@@ -153,10 +136,10 @@ class Forward:
             bits, error = self._block(index)
             self.writer.flush()
             self.work.commit(index + 1)
-            _trim()
+            memory.trim()
             now = time.monotonic()
             left = (now - began) / (index + 1 - done) * (blocks - index - 1)
-            report = Progress(index, blocks, error, bits, now - start, left, rss())
+            report = Progress(index, blocks, error, bits, now - start, left, memory.rss())
             self.work.log({"block": index, "error": error, "bits": bits, "seconds": report.seconds, "rss": report.rss})
             if walk.progress is not None:
                 walk.progress(report)
@@ -179,7 +162,7 @@ class Forward:
             params = self._compressed(index) if self.propagate else self._compute(index, self._load(index))
             self._advance(index, params)
             del params
-            _trim()
+            memory.trim()
 
     # -- one block ----------------------------------------------------------------------------------------------------
 

@@ -51,7 +51,7 @@ class WorkDir:
             self._clear()
             with disk_errors(path):
                 self.artifact.mkdir()
-            write_json(path / "job.json", {"job": job})
+            write_json(path / "job.json", {"job": job, "replace": restart})
         self.state: dict[str, Any] = read_json(path / "progress.json") if (path / "progress.json").exists() else {}
         self.state = {"done": 0, "linears": {}, "search": [], **self.state}
 
@@ -129,3 +129,8 @@ def tidy(path: Path) -> None:
 def job_of(path: Path) -> str | None:
     """The fingerprint of the unfinished job in a work folder, if there is one."""
     return read_json(path / "job.json")["job"] if (path / "job.json").exists() else None
+
+
+def may_replace(path: Path, job: str) -> bool:
+    """Whether the work folder holds this job, begun with --restart: it goes on to replace what lies at OUT."""
+    return job_of(path) == job and bool(read_json(path / "job.json").get("replace"))
