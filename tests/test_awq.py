@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from compress.calibration import load_tokenizer, windows
 from compress.checkpoint.reader import CheckpointReader
 from compress.checkpoint.writer import CheckpointWriter
+from compress.formats.int_grouped import dequantize
 from compress.methods import awq, rtn
 from compress.methods._quantizer import Grid, fake, fit, fit_range, round_to
 from compress.models.skeleton import CheckpointView, Skeleton, load_config
@@ -135,7 +136,8 @@ def test_the_quantizer_is_the_official_one_on_its_vectors() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"bits": 3}, {"bits": 2, "symmetric": True}, {"bits": 3, "quality": True}, {"group_size": -1}]
+    "options",
+    [{}, {"bits": 3}, {"bits": 2, "symmetric": True}, {"bits": 3, "joint": True}, {"bits": 3, "quality": True}, {"group_size": -1}],
 )
 def test_no_search_ends_above_plain_rounding_on_real_weights(options: dict[str, Any], tmp_path: Path) -> None:
     import compress
@@ -147,6 +149,37 @@ def test_no_search_ends_above_plain_rounding_on_real_weights(options: dict[str, 
     assert len(rows) == 24
     assert all(m["loss"] <= m["rtn_loss"] for m in rows)
     assert sum(m["loss"] for m in rows) < 0.97 * sum(m["rtn_loss"] for m in rows)
+
+
+def test_the_joint_search_ends_lower_and_leaves_alone_what_plain_rounding_holds_exactly() -> None:
+    from compress.stats import InputStats
+    from compress.types import Stat
+
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(256, 64, generator=g) + 3 * torch.randn(256, 1, generator=g)  # a group's clip misjudges the sum
+    stats = InputStats(Stat.ABSMEAN | Stat.GRAM, 64, 256, 32)
+    stats.update(X)
+    mapping = Scaling("norm", ("fc",), "fc", norm=True)
+    alone = []
+    whole = torch.randint(-4, 4, (16, 64), generator=g).float().index_fill_(1, torch.tensor([0, 32]), -4.0)
+    whole[:, [1, 33]] = 3.0  # plain rounding holds these weights exactly
+    for W in [torch.randn(16, 64, generator=torch.Generator().manual_seed(seed)) ** 3 for seed in range(8)] + [whole]:
+        block = Block(0, {"fc": W}, {"norm.weight": torch.ones(64)}, (("fc",),), (mapping,))
+
+        def loss(joint: bool, block: Block = block, W: torch.Tensor = W) -> tuple[float, dict[str, Any]]:
+            config = awq.Config(bits=3, group_size=32, joint=joint, keep=20, grid=1)
+            result = awq.compress(block, {"fc": stats}, config, None, torch.float32)
+            scales, norm = result.record["scales"][0], result.tensors.get("norm.weight", torch.ones(64))
+            W_hat = dequantize(result.packed["fc"]).float() * norm
+            return float(stats.quadratic(W_hat - W) / len(W)), scales
+
+        (separate, _), (joint, record) = loss(False), loss(True)
+        assert joint <= separate * (1 + 1e-4) + 1e-9
+        assert joint == pytest.approx(record["loss"], rel=1e-3, abs=1e-9)
+        assert joint <= record["rtn_loss"] * (1 + 1e-4) + 1e-9
+        alone.append(not record["clip"])
+    assert alone == [False] * 8 + [True]
+    assert all(getattr(awq.Config(quality=True), name) and not getattr(awq.Config(), name) for name in awq.QUALITY)
 
 
 def test_clip_error_never_grows_in_any_row_and_group() -> None:

@@ -16,26 +16,28 @@ Where we differ from llm-awq, checked against it in docs/parity.md:
 - clip errors use every calibration token (second moments per group) instead of 512;
 - `search="fast"` (default) ranks all candidates on an eighth of the batches and decides among the best `keep` and the identity
   on all of them; `search="full"` evaluates every candidate on everything.
-`duo` is AutoAWQ's s_X^r / w_mean^(1-r); `quality` tries both on a finer grid.
+`duo` is AutoAWQ's s_X^r / w_mean^(1-r). `joint` decides among the best `keep` with their clips applied, as they will be used, and
+leaves a mapping alone (identity, no clip) if that is best. `quality` is `QUALITY` below, chosen by measurement (docs/log.md).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from compress.errors import CompressError
 from compress.methods._pack import quantize
-from compress.methods._quantizer import Grid, check_grid, check_groups, fake, fit_range, ranges, round_to
+from compress.methods._quantizer import Grid, check_grid, check_groups, fit, fit_range, ranges, round_to
 from compress.stats import InputStats
 from compress.types import Block, Collect, Packed, Result, Runner, Scaling, Stat
 
 CALIBRATED = True
 DUO = ("off", "on", "both")
+QUALITY = ("joint", "propagate")
 _SMALLEST = 1e-4  # llm-awq's clamp of s
 _CHUNK = 1 << 22  # weights per chunk of the clip search
 
@@ -54,9 +56,10 @@ class Config:
     clip_steps: int = field(default=10, metadata={"help": "clip candidates, 1.00 down in steps of 0.05"})
     search: str = field(default="fast", metadata={"help": "fast: rank on an eighth of the data, decide on all; full: all on all"})
     keep: int = field(default=4, metadata={"help": "candidates that the fast search decides among"})
+    joint: bool = field(default=False, metadata={"help": "decide among those candidates with their clips applied"})
     propagate: bool = field(default=False, metadata={"help": "calibrate each block on the compressed blocks before it"})
     extend_zero: bool = field(default=True, metadata={"help": "the range of a group includes 0; off: as llm-awq"})
-    quality: bool = field(default=False, metadata={"help": "best mode: duo=both, grid=40, wider clip search; about 2x the time"})
+    quality: bool = field(default=False, metadata={"help": "best mode: joint and propagate; about 1.2x the time"})
 
     def __post_init__(self) -> None:
         check_grid(self.bits, self.group_size, self.sym_scale)
@@ -69,6 +72,9 @@ class Config:
             if not least <= getattr(self, name) <= most:
                 option = name.replace("_", "-")
                 raise CompressError(f"--{option} must be in {least}..{most}", hint="leave it out for the default", usage=True)
+        if self.quality:
+            for name in QUALITY:
+                object.__setattr__(self, name, True)
 
     def check(self, name: str, shape: tuple[int, int]) -> None:
         """Refuse a linear (O, I) that this configuration cannot hold."""
@@ -77,12 +83,6 @@ class Config:
     def params(self) -> dict[str, Any]:
         """Format parameters, the same for every linear."""
         return {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
-
-    def resolved(self) -> Config:
-        """With `quality` spelled out."""
-        if not self.quality:
-            return self
-        return replace(self, duo="both", grid=max(self.grid, 40), clip_steps=max(self.clip_steps, 16), keep=max(self.keep, 6))
 
 
 def active(block: Block) -> list[Scaling]:
@@ -183,12 +183,18 @@ def candidates(block: Block, mapping: Scaling, s_X: torch.Tensor, config: Config
 
 def losses(
     block: Block, mapping: Scaling, tried: list[Candidate], stats: Mapping[str, InputStats], run: Runner | None, batches: range,
-    grid: Grid,
+    grid: Grid, clip_steps: int = 0,
 ) -> list[float]:  # fmt: skip
-    """Mean squared output error of each candidate over the given batches."""
+    """Mean squared output error of each candidate over the given batches; with `clip_steps` as clipped, else unclipped."""
     out = []
     for candidate in tried:
-        W_hat = {c: fake(_weight(block, c) * candidate.s, grid).div_(candidate.s) for c in mapping.consumers if c in block.weights}
+        W_hat = {}
+        for c in mapping.consumers:
+            if c in block.weights:
+                W = _weight(block, c) * candidate.s
+                clipped = clip_steps and c not in block.no_clip
+                fitted = clip(W, _gram(stats[c], candidate.s), grid, clip_steps) if clipped else fit(W, grid)
+                W_hat[c] = round_to(W.view(*fitted[0].shape, -1), *fitted, grid).view(W.shape).div_(candidate.s)
         if mapping.inspect in W_hat:
             W = _weight(block, mapping.inspect)
             out.append(stats[mapping.inspect].quadratic(W_hat[mapping.inspect] - W) / W.shape[0])
@@ -203,6 +209,15 @@ def losses(
     return out
 
 
+def _gram(stats: InputStats, s: torch.Tensor | None) -> torch.Tensor:
+    """Second moments (G, g, g) of an input whose channels were divided by s (I,)."""
+    gram = stats.group_gram()
+    if s is not None:
+        inverse = s.reciprocal().view(gram.shape[0], -1)
+        gram.mul_(inverse.unsqueeze(1)).mul_(inverse.unsqueeze(2))
+    return gram
+
+
 def search(
     block: Block, mapping: Scaling, stats: Mapping[str, InputStats], config: Config, run: Runner | None, grid: Grid
 ) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -210,21 +225,29 @@ def search(
     tried = candidates(block, mapping, stats[mapping.consumers[0]].absmean(), config)
     every = range(run.batches) if run is not None else range(0)
     part = range(0, len(every), 8)
-    if mapping.inspect not in mapping.consumers and config.search == "fast" and len(part) * 2 <= len(every):
-        rough = losses(block, mapping, tried, stats, run, part, grid)
+    single, joint = mapping.inspect in mapping.consumers, config.joint and config.clip
+    fast = not single and config.search == "fast" and len(part) * 2 <= len(every)
+    if fast or joint:
+        rough = losses(block, mapping, tried, stats, run, part if fast else every, grid)
         order = sorted(range(1, len(tried)), key=lambda i: rough[i] if math.isfinite(rough[i]) else math.inf)
         tried = [tried[0], *(tried[i] for i in sorted(order[: config.keep]))]
-    found = losses(block, mapping, tried, stats, run, every, grid)
-    if not math.isfinite(found[0]):
+    found = losses(block, mapping, tried[:1] if joint else tried, stats, run, every, grid)
+    plain = found[0]
+    if not math.isfinite(plain):
         raise CompressError(
             f"block {block.index}, {mapping.inspect}: its output overflows on the calibration data",
             hint="is the calibration text normal text? a float16 model may need a bfloat16 or float32 copy",
         )
+    if joint:
+        found += losses(block, mapping, tried, stats, run, every, grid, config.clip_steps)
+        tried = [tried[0], *tried]
     best = min(range(len(tried)), key=lambda i: found[i] if math.isfinite(found[i]) else math.inf)
     record = {
         "producer": mapping.producer, "consumers": list(mapping.consumers), "ratio": tried[best].ratio, "duo": tried[best].duo,
-        "loss": float(f"{found[best]:.9g}"), "rtn_loss": float(f"{found[0]:.9g}"),
+        "loss": float(f"{found[best]:.9g}"), "rtn_loss": float(f"{plain:.9g}"),
     }  # fmt: skip
+    if joint:
+        record["clip"] = best > 0
     return tried[best].s, record
 
 
@@ -295,7 +318,6 @@ def clip(W: torch.Tensor, gram: torch.Tensor, grid: Grid, steps: int) -> tuple[t
 
 def compress(block: Block, stats: Mapping[str, InputStats], config: Config, run: Runner | None, scale_dtype: torch.dtype) -> Result:
     """Scale, clip and round one block."""
-    config = config.resolved()
     grid = Grid(
         config.bits,
         config.group_size,
@@ -306,15 +328,12 @@ def compress(block: Block, stats: Mapping[str, InputStats], config: Config, run:
     )
     found = [(m, *search(block, m, stats, config, run, grid)) for m in active(block)]
     fold = Fold(block, [(m, s) for m, s, _ in found])
+    left_alone = {c for m, _, record in found if not record.get("clip", True) for c in m.consumers}
     packed: dict[str, Packed] = {}
     errors: dict[str, float] = {}
     for name in block.weights:
         W, fitted = fold.weight(name), None
-        if config.clip and name not in block.no_clip:
-            gram = stats[name].group_gram()
-            if name in fold.columns:
-                inverse = fold.columns[name].reciprocal().view(gram.shape[0], -1)
-                gram.mul_(inverse.unsqueeze(1)).mul_(inverse.unsqueeze(2))
-            fitted = clip(W, gram, grid, config.clip_steps)
+        if config.clip and name not in block.no_clip | left_alone:
+            fitted = clip(W, _gram(stats[name], fold.columns.get(name)), grid, config.clip_steps)
         packed[name], errors[name] = quantize(W, grid, fitted)
     return Result(packed, fold.tensors(), errors, {"scales": [r for *_, r in found]})

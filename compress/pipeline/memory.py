@@ -34,10 +34,11 @@ def trim() -> None:
 
 
 def map_large_tensors() -> None:
-    """Make glibc map every tensor above 1 MB by itself: its memory goes back to the system the moment it is freed.
+    """Make glibc map every tensor above 8 MB by itself: its memory goes back to the system the moment it is freed.
 
     By default that limit grows to 32 MB with use, and the holes that tensors leave in the heap add up to a tenth to the peak.
+    A limit of 1 MB is as flat but makes AWQ a third slower on a small model; 8 MB costs no time.
     """
     mallopt = _libc("mallopt")
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        mallopt(_M_MMAP_THRESHOLD, 8 << 20)
