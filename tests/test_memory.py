@@ -23,7 +23,8 @@ print(json.dumps({"peak": peak, "predicted": predicted.peak_memory, "size": [rep
 """
 OPTIONS = {
     "rtn": {"method": "rtn", "bits": 4, "group_size": 64},
-    "awq": {"method": "awq", "bits": 3, "group_size": 64, "nsamples": 8, "seqlen": 128},
+    # a coarse search: its peak is that of the default one
+    "awq": {"method": "awq", "bits": 3, "group_size": 64, "nsamples": 8, "seqlen": 128, "grid": 4, "keep": 2, "clip_steps": 2},
 }
 
 
