@@ -1,13 +1,13 @@
-"""AWQ and RTN beside llm-compressor's, on the same windows, in interleaved runs: perplexity, wall time, peak memory.
+"""AWQ (or GPTQ) and RTN beside llm-compressor's, on the same windows, in interleaved runs: perplexity, wall time, peak memory.
 
-    python benchmarks/compare_awq.py --model out/SmolLM2-135M-Instruct --peer-python PEER/bin/python [--repeat 1]
+    python benchmarks/compare_awq.py --model out/SmolLM2-135M-Instruct --peer-python PEER/bin/python [--method gptq] [--repeat 1]
 
 Make PEER with `python -m venv PEER && PEER/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1 transformers==5.17.0`. Without
 --peer-python only our side runs. Protocol: calibration = the first 16 windows x 512 of the built-in text, evaluation = the first
 60 windows x 512 of WikiText-2 raw test, float32, groups of 64, every linear of the blocks, two threads. Seconds are of the
 compression call; memory is the process's peak above what the imported libraries take. Our seconds include reading the
 checkpoint and writing the artifact; the peer's model is already in memory and nothing is written.
-Results are appended to benchmarks/results/compare_awq.jsonl. Read ratios: machines are shared and noisy.
+Results are appended to benchmarks/results/compare_<method>.jsonl. Read ratios: machines are shared and noisy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = ROOT / "benchmarks" / "data" / "wikitext2-test-head.txt"
 CALIBRATION = ROOT / "compress" / "data" / "calibration.txt"
-RESULTS = ROOT / "benchmarks" / "results" / "compare_awq.jsonl"
+RESULTS = ROOT / "benchmarks" / "results"
+JOBS: dict[str, dict[str, dict[str, Any]]] = {  # ours, before and after the peer
+    "awq": {"compress awq": {}, "compress awq --quality": {"quality": True}},
+    "gptq": {"compress gptq": {"symmetric": False}, "compress gptq --no-sequential": {"symmetric": False, "sequential": False}},
+}
 
 OURS = """
 import json, os, resource, sys, time
@@ -55,11 +59,13 @@ def ours(model: Path, threads: int, **options: Any) -> dict[str, Any]:
         return last_json(args, threads)
 
 
-def peer(python: str, model: Path, threads: int, method: str, bits: int, group_size: int) -> dict[str, Any]:
+def peer(
+    python: str, model: Path, threads: int, method: str, bits: int, group_size: int, symmetric: bool = False
+) -> dict[str, Any]:  # fmt: skip
     """The same job with llm-compressor."""
     script = ROOT / "benchmarks" / "peers" / "llmcompressor_job.py"
     args = [python, str(script), "--model", str(model), "--method", method, "--bits", str(bits), "--group-size", str(group_size),
-            "--asymmetric", "--calibration", str(CALIBRATION), "--text", str(TEXT), "--threads",
+            "--symmetric" if symmetric else "--asymmetric", "--calibration", str(CALIBRATION), "--text", str(TEXT), "--threads",
             str(threads), "--json"]  # fmt: skip
     return last_json(args, threads)
 
@@ -75,14 +81,15 @@ def last_json(args: list[str], threads: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="AWQ and RTN beside llm-compressor")
+    parser = argparse.ArgumentParser(description="AWQ, GPTQ and RTN beside llm-compressor")
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--peer-python", help="python of an environment with llmcompressor")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=1)
-    parser.add_argument("--no-quality", action="store_true", help="leave out our quality mode")
+    parser.add_argument("--method", choices=tuple(JOBS), default="awq")
+    parser.add_argument("--only-default", action="store_true", help="leave out our second mode")
     parser.add_argument("--rtn-peer", action="store_true", help="run the peer's RTN too")
     args = parser.parse_args()
     data = {"nsamples": 16, "seqlen": 512}
@@ -90,19 +97,18 @@ def main() -> None:
     for repeat in range(args.repeat):
         for bits in args.bits:
             grid = {"bits": bits, "group_size": args.group_size}
-            jobs: list[tuple[str, Any]] = [
-                ("compress rtn", lambda grid=grid: ours(args.model, args.threads, method="rtn", **grid)),
-                ("compress awq", lambda grid=grid: ours(args.model, args.threads, method="awq", **grid, **data)),
-            ]
+            jobs: list[tuple[str, Any]] = [("compress rtn", lambda grid=grid: ours(args.model, args.threads, method="rtn", **grid))]
+            for name, options in JOBS[args.method].items():
+                settings = {"method": args.method, **grid, **data, **options}
+                jobs.append((name, lambda settings=settings: ours(args.model, args.threads, **settings)))
             if args.peer_python:
-                for method in ("rtn", "awq") if args.rtn_peer else ("awq",):
+                for method in ("rtn", args.method) if args.rtn_peer else (args.method,):
                     run = lambda m=method, b=bits: peer(  # noqa: E731
                         args.peer_python, args.model, args.threads, m, b, args.group_size
                     )
-                    jobs.append((f"llm-compressor {method}", run))
-            if not args.no_quality:
-                quality = lambda grid=grid: ours(args.model, args.threads, method="awq", quality=True, **grid, **data)  # noqa: E731
-                jobs.append(("compress awq --quality", quality))
+                    jobs.insert(2, (f"llm-compressor {method}", run))
+            if args.only_default:
+                jobs.pop()
             for name, job in jobs:
                 row = {
                     "job": name,
@@ -113,19 +119,19 @@ def main() -> None:
                     **job(),
                 }
                 rows.append(row)
-                RESULTS.parent.mkdir(exist_ok=True)
-                with RESULTS.open("a") as file:
+                RESULTS.mkdir(exist_ok=True)
+                with (RESULTS / f"compare_{args.method}.jsonl").open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(
                     f"  {name:24s} W{bits}  {row['perplexity']:.2f}  {row['seconds']:.0f} s",
                     file=sys.stderr,
                     flush=True,
                 )
-    show(rows, args.bits)
+    show(rows, args.bits, f"llm-compressor {args.method}")
 
 
-def show(rows: list[dict[str, Any]], widths: list[int]) -> None:
-    """Medians over the repeats, and ratios to llm-compressor's AWQ of the same width."""
+def show(rows: list[dict[str, Any]], widths: list[int], reference: str) -> None:
+    """Medians over the repeats, and ratios to the peer's job of the same width."""
     print(f"{'job':26s} {'bits':>4s} {'perplexity':>10s} {'seconds':>8s} {'GB above libraries':>18s} {'time':>6s} {'memory':>6s}")
     for bits in widths:
         names = list(dict.fromkeys(r["job"] for r in rows))
@@ -137,9 +143,9 @@ def show(rows: list[dict[str, Any]], widths: list[int]) -> None:
 
         for name in names:
             ratios = ("", "")
-            if "llm-compressor awq" in names:
-                time = median(name, "seconds") / median("llm-compressor awq", "seconds")
-                memory = median(name, "above") / median("llm-compressor awq", "above")
+            if reference in names:
+                time = median(name, "seconds") / median(reference, "seconds")
+                memory = median(name, "above") / median(reference, "above")
                 ratios = (f"{time:.2f}x", f"{memory:.2f}x")
             print(
                 f"{name:26s} {bits:4d} {median(name, 'perplexity'):10.2f} {median(name, 'seconds'):8.0f} "

@@ -15,7 +15,8 @@ from compress.checkpoint.reader import CheckpointReader, read_json
 from compress.errors import CompressError
 from compress.formats import int_grouped
 from compress.formats._where import loads
-from compress.models.skeleton import CheckpointView, Skeleton, load_config
+from compress.models import rotate
+from compress.models.skeleton import Skeleton, load_config
 from compress.types import Packed
 
 
@@ -116,14 +117,15 @@ def unpack(reader: CheckpointReader, name: str, entry: dict[str, Any], transpose
 def verify_deep(folder: Path, model: str | Path) -> list[str]:
     """Problems found by dequantizing every linear and comparing it with the source checkpoint.
 
-    Methods that move scales between operators change W to diag(1/r) W diag(c): r and c are fitted first. The relative error that
-    remains must not exceed what the manifest recorded.
+    A rotated artifact is compared with the rotated source. Methods that move scales between operators change W to
+    diag(1/r) W diag(c): r and c are fitted first. The relative error that remains must not exceed what the manifest recorded.
     """
     known = manifest.read(folder)
     origin = source.resolve(model)
     reader = CheckpointReader(folder)
-    skeleton = Skeleton(load_config(origin))
-    view = CheckpointView(CheckpointReader(origin), skeleton)
+    method = registry.load("methods", known["method"])
+    rotation = method.transform(method.Config(**known["config"])) if hasattr(method, "transform") else None
+    skeleton, view = rotate.open_model(origin, load_config(origin), rotation)
     for name, digest in source.hashes(origin, view.reader.files()).items():
         if known["source"]["files"].get(name, digest) != digest:
             raise CompressError(

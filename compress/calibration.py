@@ -110,6 +110,11 @@ def load(dataset: str | Path | None, tokenizer: Any, *, nsamples: int, seqlen: i
     return Calibration(tokens, digest)
 
 
+def expand(tokens: torch.Tensor, factor: int) -> torch.Tensor:
+    """RSQ's expansion (ylsung/rsq `data_utils.py: expand_dataset`): windows (N, T) and their cyclic shifts, (N * factor, T)."""
+    return torch.cat([tokens.roll(f * (tokens.shape[1] // factor), 1) for f in range(factor)])
+
+
 def _join(documents: Iterator[str], budget: int | None) -> str:
     parts, size = [], 0
     for document in documents:

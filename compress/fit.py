@@ -17,10 +17,11 @@ import torch
 
 from compress import calibration, devices, registry
 from compress.checkpoint import manifest, source
-from compress.checkpoint.reader import CheckpointReader
 from compress.checkpoint.writer import MAX_SHARD, CheckpointWriter, disk_errors, plan_shards
 from compress.errors import CompressError, nearest
-from compress.models.skeleton import CheckpointView, Skeleton, load_config
+from compress.models import rotate
+from compress.models.skeleton import Skeleton, load_config
+from compress.models.view import CheckpointView
 from compress.pipeline import artifact, layout
 from compress.pipeline.estimate import Estimate, estimate, on_disk
 from compress.pipeline.forward import Forward, Progress, Walk
@@ -64,6 +65,11 @@ class Job:
     seqlen: int | None
     max_shard: int
 
+    @property
+    def expand(self) -> int:
+        """Shifted copies of the calibration windows."""
+        return int(getattr(self.config, "expand", 1))
+
 
 def make_config(method: ModuleType, options: dict[str, Any]) -> Any:
     """The method's Config from keyword options; an unknown one is answered with the nearest."""
@@ -83,8 +89,8 @@ def prepare(
     config = make_config(module, options)
     folder = source.resolve(model)
     hf_config = load_config(folder, trust_remote_code)
-    skeleton = Skeleton(hf_config, trust_remote_code)
-    view = CheckpointView(CheckpointReader(folder), skeleton)
+    rotation = module.transform(config) if hasattr(module, "transform") else None
+    skeleton, view = rotate.open_model(folder, hf_config, rotation, trust_remote_code)
     plan = layout.make(skeleton, view, config, format, ignore)
     device = devices.pick(device)
     half = device != "cpu" and all(t.dtype == "BF16" for t in plan.targets.values())
@@ -148,7 +154,7 @@ def quantize(
             tidy(work_path)
         logger.info("%s is already there, made by the same job (--restart makes it again)", out)
         return _report(job, out, began, resumed=True)
-    count = calib.tokens.numel() if calib is not None else 0
+    count = calib.tokens.numel() * job.expand if calib is not None else 0
     disk = on_disk(states, count, job.skeleton.config.get_text_config().hidden_size, job.dtype)
     work = WorkDir(work_path, mark, restart=not resume)
     resumed = work.done > 0
@@ -172,7 +178,7 @@ def _walk(
     writer = CheckpointWriter(work.artifact, job.layout.plan, job.max_shard)
     writer.open(fresh=work.done == 0)
     _check_space(work, writer)
-    tokens = calib.tokens if calib is not None else None
+    tokens = calibration.expand(calib.tokens, job.expand) if calib is not None else None
     walk = Walk(
         job.skeleton, job.view, job.layout, job.method, job.config, tokens, job.batch_size, job.device, job.dtype, disk, progress
     )  # fmt: skip
@@ -191,7 +197,7 @@ def dry_run(
         max_shard=max_shard_size, trust_remote_code=trust_remote_code, options=config,
     )  # fmt: skip
     size = sum(s.size for s in plan_shards(job.layout.plan, job.max_shard))
-    tokens = job.nsamples * (job.seqlen or 0) if job.method.CALIBRATED else 0
+    tokens = job.nsamples * job.expand * (job.seqlen or 0) if job.method.CALIBRATED else 0
     windows = (tokens, job.batch_size, job.seqlen or 0)
     return estimate(job.skeleton, job.view, job.layout, job.method, job.config, size, *windows, job.dtype, states)
 

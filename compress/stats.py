@@ -22,9 +22,11 @@ class InputStats:
         self._H: torch.Tensor | None = None  # (I, I)
         self._X: list[torch.Tensor] | None = [] if Stat.GRAM in want and tokens <= inputs else None
 
-    def update(self, x: torch.Tensor) -> None:
-        """Add inputs (…, I)."""
+    def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
+        """Add inputs (…, I); `weight` (…) multiplies each token's share in the second moments."""
         x = x.reshape(-1, x.shape[-1]).float()
+        if weight is not None:
+            x = x * weight.reshape(-1, 1).to(x).sqrt()
         self.tokens += x.shape[0]
         if Stat.ABSMEAN in self._want:
             total = x.abs().sum(0, dtype=torch.float64)
@@ -51,6 +53,16 @@ class InputStats:
             return sum(float((x @ D.T).square().sum(dtype=torch.float64)) for x in self._X) / self.tokens
         assert self._H is not None, "GRAM was not collected"
         return float(((D @ self._H) * D).sum(dtype=torch.float64)) / self.tokens
+
+    def hessian(self) -> torch.Tensor:
+        """Mean over tokens of x xᵀ, (I, I), in memory of its own: GPTQ's Hessian up to a factor, which changes nothing."""
+        if self._X is not None:
+            H = torch.zeros(self._X[0].shape[1], self._X[0].shape[1], device=self._X[0].device)
+            for x in self._X:
+                H.addmm_(x.T, x)
+            return H.div_(self.tokens)
+        assert self._H is not None, "GRAM was not collected"
+        return self._H / self.tokens
 
     def group_gram(self) -> torch.Tensor:
         """Mean over tokens of x xᵀ inside each group of channels, (G, g, g)."""

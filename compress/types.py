@@ -44,6 +44,13 @@ class Block:
     no_clip: frozenset[str] = frozenset()  # linears whose outputs are multiplied together (q, k): clipping them is unsafe
 
 
+@dataclass(frozen=True, slots=True)
+class Rotate:
+    """A method's wish that the checkpoint be read through `models.rotate`."""
+
+    seed: int
+
+
 class Stat(enum.Flag):
     """Statistics of a linear's input that a method may ask for (`compress.stats` computes them)."""
 
@@ -82,6 +89,15 @@ class Result:
     errors: Mapping[str, float] = field(default_factory=dict)  # |W_hat - W| / |W| of what was unpacked again
     record: Mapping[str, Any] = field(default_factory=dict)  # JSON: what the search chose; goes into the manifest
 
+    def merge(self, other: Result) -> Result:
+        """Both results in one; lists of the records are joined."""
+        record = dict(self.record)
+        for key, value in other.record.items():
+            record[key] = [*record[key], *value] if isinstance(record.get(key), list) else value
+        return Result(
+            {**self.packed, **other.packed}, {**self.tensors, **other.tensors}, {**self.errors, **other.errors}, record
+        )  # fmt: skip
+
 
 class Runner(Protocol):
     """Runs a module of the block over the calibration inputs that the pipeline kept."""
@@ -90,6 +106,26 @@ class Runner(Protocol):
 
     def __call__(self, module: str, overrides: Mapping[str, torch.Tensor], batches: range) -> Iterator[torch.Tensor]:
         """Yield the module's output for each batch with `<linear>.weight` replaced by `overrides[linear]` (O, I)."""
+        ...
+
+
+class TokenView(Protocol):
+    """One batch of calibration tokens at one block, for methods with `token_weights`. Everything is made on demand."""
+
+    def hidden(self) -> torch.Tensor:
+        """The block's input (B, T, D)."""
+        ...
+
+    def output(self) -> torch.Tensor:
+        """The dense block's output (B, T, D)."""
+        ...
+
+    def attention(self) -> torch.Tensor:
+        """Attention that each token receives, summed over heads and queries (B, T), fp32."""
+        ...
+
+    def counts(self) -> torch.Tensor:
+        """How often each token occurs in the calibration text (B, T)."""
         ...
 
 

@@ -20,7 +20,8 @@ from compress.checkpoint.writer import CheckpointWriter
 from compress.formats.int_grouped import dequantize
 from compress.methods import awq, rtn
 from compress.methods._quantizer import Grid, fake, fit, fit_range, round_to
-from compress.models.skeleton import CheckpointView, Skeleton, load_config
+from compress.models.skeleton import Skeleton, load_config
+from compress.models.view import CheckpointView
 from compress.pipeline import layout
 from compress.pipeline.forward import Forward, Walk
 from compress.pipeline.resume import WorkDir

@@ -14,7 +14,9 @@ from conftest import FAMILIES, GENERIC, Outcome
 import compress
 from compress.checkpoint.reader import CheckpointReader
 from compress.errors import CompressError
-from compress.models.skeleton import CheckpointView, Skeleton, load_config
+from compress.models.families import FAMILIES as TABLE
+from compress.models.skeleton import Skeleton, load_config
+from compress.models.view import CheckpointView
 
 TEXT = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs. " * 40
 
@@ -74,14 +76,19 @@ def test_the_groups_of_the_table_are_those_that_a_dry_run_finds(family: str, pic
     assert {frozenset(g) for g in skeleton.groups(0)} == table
 
 
-@pytest.mark.parametrize("method", ["rtn", "awq"])
+ROTATED = [f for f, row in TABLE.items() if row.rotates]
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq", "gptq", "rsq"])
 @pytest.mark.parametrize("family", [*FAMILIES, *GENERIC])
 def test_every_method_goes_through_every_family(
     family: str, method: str, pico: Callable[..., Path], tmp_path: Path, cli: Callable[..., Outcome]
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
-    more = ["--dataset", text, "--nsamples", 4, "--seqlen", 32] if method == "awq" else []
+    more = ["--dataset", text, "--nsamples", 4, "--seqlen", 32] if method != "rtn" else []
+    if method == "rsq" and family not in ROTATED:
+        more += ["--no-rotate"]
     done = cli("quantize", pico(family), "-m", method, "--bits", 4, "--group-size", 32, "-o", tmp_path / "out", *more)
     assert done.code == 0, done.err
     assert cli("verify", tmp_path / "out", "--deep", "--source", pico(family)).code == 0

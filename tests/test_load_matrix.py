@@ -50,22 +50,24 @@ def own_logits(folder: Path, ids: list[list[int]] = IDS) -> torch.Tensor:
 CASES = [
     *[("rtn", bits, group, symmetric) for bits in (2, 3, 4, 8) for group, symmetric in ((32, True), (32, False), (-1, True))],
     ("rtn", 4, -1, False), ("rtn", 3, 96, False), ("rtn", 3, 16, True), ("awq", 4, 32, True), ("awq", 3, 32, False),
+    ("gptq", 4, 32, True), ("rsq", 4, 32, True), ("rsq", 3, 32, False),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("method", "bits", "group", "symmetric"), CASES)
 def test_stock_transformers_gives_our_logits(method: str, bits: int, group: int, symmetric: bool, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    data = {"dataset": CALIBRATION, "nsamples": 2, "seqlen": 64} if method == "awq" else {}
+    data = {"dataset": CALIBRATION, "nsamples": 2, "seqlen": 64} if method != "rtn" else {}
     options = {"bits": bits, "group_size": group, "symmetric": symmetric, **data}
     compress.quantize(EXAMPLE, method, out, **options)
     stock, own = stock_logits(out, tmp_path), own_logits(out)
     if symmetric:
         assert torch.equal(stock, own)
     else:  # stock makes them dense at load and rounds them to the checkpoint's fp16: exactly our dense artifact
-        compress.quantize(EXAMPLE, method, tmp_path / "dense", format="dense", **options)
-        assert torch.equal(stock, own_logits(tmp_path / "dense"))
         assert torch.allclose(stock, own, atol=0.05)
+        if method != "rsq":  # which calibrates on what is stored, so that its dense artifact has other codes
+            compress.quantize(EXAMPLE, method, tmp_path / "dense", format="dense", **options)
+            assert torch.equal(stock, own_logits(tmp_path / "dense"))
 
 
 @pytest.mark.parametrize("bits", [3, 4])

@@ -25,6 +25,8 @@ OPTIONS = {
     "rtn": {"method": "rtn", "bits": 4, "group_size": 64},
     # a coarse search: its peak is that of the default one
     "awq": {"method": "awq", "bits": 3, "group_size": 64, "nsamples": 8, "seqlen": 128, "grid": 4, "keep": 2, "clip_steps": 2},
+    "gptq": {"method": "gptq", "bits": 3, "group_size": 64, "nsamples": 8, "seqlen": 128},
+    "rsq": {"method": "rsq", "bits": 3, "group_size": 64, "nsamples": 8, "seqlen": 128},
 }
 
 
@@ -64,7 +66,7 @@ def test_depth_costs_no_memory_and_the_dry_run_foretells_it(method: str, wide: d
         assert run["size"][0] == run["size"][1]
 
 
-@pytest.mark.parametrize("method", ["rtn", "awq"])
+@pytest.mark.parametrize("method", list(OPTIONS))
 def test_the_dry_run_foretells_the_memory_of_the_example(method: str, tmp_path: Path) -> None:
     options = {**OPTIONS[method], "group_size": 32}
     done = python(RUN, EXAMPLE, tmp_path / "out", json.dumps(options))

@@ -30,13 +30,13 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
-    parser.add_argument("--method", choices=("rtn", "awq"), required=True)
-    parser.add_argument("--bits", type=int, choices=(3, 4), required=True)
+    parser.add_argument("--method", choices=("rtn", "awq", "gptq"), required=True)
+    parser.add_argument("--bits", type=int, choices=(2, 3, 4), required=True)
     parser.add_argument("--group-size", type=int, default=64)
     symmetry = parser.add_mutually_exclusive_group(required=True)
     symmetry.add_argument("--symmetric", dest="symmetric", action="store_true")
     symmetry.add_argument("--asymmetric", dest="symmetric", action="store_false")
-    parser.add_argument("--calibration", type=Path, help="text file; needed for awq")
+    parser.add_argument("--calibration", type=Path, help="text file; needed for awq and gptq")
     parser.add_argument("--nsamples", type=int, default=16, help="calibration windows")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens in a calibration window")
     parser.add_argument("--text", type=Path, required=True, help="text file to measure perplexity on")
@@ -45,8 +45,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     arguments = parser.parse_args()
-    if arguments.method == "awq" and arguments.calibration is None:
-        parser.error("--method awq needs --calibration")
+    if arguments.method != "rtn" and arguments.calibration is None:
+        parser.error(f"--method {arguments.method} needs --calibration")
     return arguments
 
 
@@ -77,6 +77,7 @@ def windows_of(tokenizer: Any, path: Path, count: int, length: int) -> Any:
 
 def recipe_for(arguments: argparse.Namespace) -> list[Any]:
     """List the modifiers of the recipe: weights only, per group, every Linear but lm_head."""
+    from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
 
@@ -88,6 +89,8 @@ def recipe_for(arguments: argparse.Namespace) -> list[Any]:
         "group_size": arguments.group_size,
     }
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    if arguments.method == "gptq":
+        return [GPTQModifier(config_groups=groups, ignore=["lm_head"])]
     quantize = QuantizationModifier(config_groups=groups, ignore=["lm_head"])
     return [quantize] if arguments.method == "rtn" else [AWQModifier(), quantize]
 
@@ -161,7 +164,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     evaluation = windows_of(tokenizer, arguments.text, arguments.windows, arguments.eval_seqlen)
     calibration = None
-    if arguments.method == "awq":
+    if arguments.method != "rtn":
         calibration = windows_of(tokenizer, arguments.calibration, arguments.nsamples, arguments.seqlen)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
 

@@ -16,7 +16,11 @@ def quantize(W: torch.Tensor, grid: Grid, fitted: tuple[torch.Tensor, torch.Tens
     """
     W = W.float().contiguous()
     scale, zero = fit(W, grid) if fitted is None else fitted
-    q = encode(W, scale, zero, grid)
+    return pack_codes(W, encode(W, scale, zero, grid), scale, zero, grid)
+
+
+def pack_codes(W: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid) -> tuple[Packed, float]:
+    """Pack codes q (O, I) uint8 with scale and zero (O, G); W (O, I) fp32 only for the relative error of what unpacks again."""
     packed = int_grouped.pack(
         q.cpu(),
         scale.to(grid.scale_dtype).cpu(),

@@ -130,6 +130,26 @@ def fit(W: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     return scale, zero
 
 
+def fit_weighted(W: torch.Tensor, weight: torch.Tensor, grid: Grid, steps: int = 14) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale, zero), fp32 (O, G), that minimise sum_c weight_c (Q(w_c) - w_c)^2 per row and group of W (O, I), weight (I,) > 0.
+
+    The range is shrunk to p of itself, p = 1, 0.95 …; asymmetric grids try the zero-point's both roundings.
+    """
+    v = W.view(W.shape[0], -1, grid.size(W.shape[1]))
+    h = weight.view(v.shape[1:])
+    lo, hi = v.amin(-1), v.amax(-1)
+    scale, zero = fit_range(lo, hi, grid)
+    best = torch.full_like(lo, torch.inf)
+    for i in range(steps):
+        p = 1 - i / 20
+        for s, z in ranges(lo * p, hi * p, grid):
+            loss = (round_to(v, s, z, grid).sub_(v).square_().mul_(h)).sum(-1)
+            better = loss < best
+            best = torch.where(better, loss, best)
+            scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
+    return scale, zero
+
+
 def _decode(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
     return q.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1))
 

@@ -59,7 +59,7 @@ class Config:
     joint: bool = field(default=False, metadata={"help": "decide among those candidates with their clips applied"})
     propagate: bool = field(default=False, metadata={"help": "calibrate each block on the compressed blocks before it"})
     extend_zero: bool = field(default=True, metadata={"help": "the range of a group includes 0; off: as llm-awq"})
-    quality: bool = field(default=False, metadata={"help": "best mode: joint and propagate; about 1.2x the time"})
+    quality: bool = field(default=False, metadata={"help": "joint and propagate; about 2x the time; not better everywhere"})
 
     def __post_init__(self) -> None:
         check_grid(self.bits, self.group_size, self.sym_scale)

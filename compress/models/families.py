@@ -25,6 +25,9 @@ class Family:
     groups: Groups
     scalings: Callable[[Any], tuple[Scaling, ...]]
     no_clip: frozenset[str]
+    rotates: str = ""  # "residual": R1 and R2 (models.rotate); "values": R2 only; "": neither
+    writers: tuple[str, ...] = ()  # linears whose output is added to the residual stream
+    final_norm: str = "model.norm"
 
 
 def heads(config: Any) -> tuple[int, int, int]:
@@ -120,12 +123,16 @@ _PHI3_GROUPS: Groups = (("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.ga
 _OPT_GROUPS: Groups = (_QKV, ("self_attn.out_proj",), ("fc1",), ("fc2",))
 _GPT2_GROUPS: Groups = (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",))
 
+_WRITERS = ("self_attn.o_proj", "mlp.down_proj")
+
 FAMILIES: dict[str, Family] = {
-    **{m: Family("model.layers", _LLAMA_GROUPS, _llama, _QK) for m in ("llama", "mistral", "qwen2", "qwen3")},
-    "gemma": Family("model.layers", _LLAMA_GROUPS, _gemma, _QK),
-    "gemma2": Family("model.layers", _LLAMA_GROUPS, _gemma2, _QK),
-    "gemma3_text": Family("model.layers", _LLAMA_GROUPS, _gemma3, _QK),
-    "phi3": Family("model.layers", _PHI3_GROUPS, _phi3, frozenset({"self_attn.qkv_proj"})),
+    **{
+        m: Family("model.layers", _LLAMA_GROUPS, _llama, _QK, "residual", _WRITERS) for m in ("llama", "mistral", "qwen2", "qwen3")
+    },
+    "gemma": Family("model.layers", _LLAMA_GROUPS, _gemma, _QK, "residual", _WRITERS),
+    "gemma2": Family("model.layers", _LLAMA_GROUPS, _gemma2, _QK, "values", _WRITERS),
+    "gemma3_text": Family("model.layers", _LLAMA_GROUPS, _gemma3, _QK, "values", _WRITERS),
+    "phi3": Family("model.layers", _PHI3_GROUPS, _phi3, frozenset({"self_attn.qkv_proj"}), "residual", _WRITERS),
     "opt": Family("model.decoder.layers", _OPT_GROUPS, _opt, _QK),
     "gpt2": Family("transformer.h", _GPT2_GROUPS, _gpt2, frozenset({"attn.c_attn"})),
 }

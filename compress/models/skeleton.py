@@ -11,16 +11,17 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from compress.checkpoint.dtypes import finite
-from compress.checkpoint.reader import CheckpointReader, read_json
+from compress.checkpoint.reader import read_json
 from compress.errors import CompressError
 from compress.models.families import FAMILIES, Family
+from compress.models.view import CheckpointView
 from compress.types import Scaling
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class _Recorder(nn.Module):
         object.__setattr__(self, "_block", block)  # not a submodule: its parameters must not be visited
         self.call: Call | None = None
         self.tuple_output: bool | None = None
+        self.value: torch.Tensor | None = None  # returned instead of the input
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -46,7 +48,8 @@ class _Recorder(nn.Module):
         self.call = (args, kwargs)
         if self.tuple_output is None:
             self.tuple_output = isinstance(_meta_call(self._block, hidden, args, kwargs), tuple)
-        return (hidden,) if self.tuple_output else hidden
+        out = hidden if self.value is None else self.value
+        return (out,) if self.tuple_output else out
 
 
 def _to(value: Any, device: str | torch.device) -> Any:
@@ -210,23 +213,10 @@ class Skeleton:
         self, view: CheckpointView, tokens: torch.Tensor, batch_size: int, device: str, dtype: torch.dtype
     ) -> Iterator[torch.Tensor]:
         """Yield block 0's inputs, one (B, T, D) tensor per batch of tokens (N, T); records every block's arguments."""
-        base = self.model.base_model
-        blocks = self.model.get_submodule(self.path)
-        embedding = self.model.get_input_embeddings()
-        own = {id(p) for p in embedding.parameters()} | {id(p) for b in self.blocks for p in b.parameters()}
-        names = {n: p for n, p in base.named_parameters() if id(p) not in own}
-        prefix = next((n for n, m in self.model.named_modules() if m is base), "")
-        tensors = {n: view.read(f"{prefix}.{n}" if prefix else n).to(device, dtype) for n in names}
-        stored = set(view.names)
-        for n, b in base.named_buffers():
-            full = f"{prefix}.{n}" if prefix else n
-            tensors[n] = (view.read(full) if full in stored else b).to(device)
+        base, embedding = self.model.base_model, self.model.get_input_embeddings()
+        tensors = self._base_tensors(view, device, dtype)
         embedding_name = next(n for n, m in self.model.named_modules() if m is embedding) + ".weight"
-        recorders = [_Recorder(b) for b in self.blocks]
-        for i, recorder in enumerate(recorders):
-            blocks[i] = recorder
-        first: torch.Tensor | None = None
-        try:
+        with self._recorders() as recorders:
             for batch in tokens.split(batch_size):
                 rows, compact = batch.unique(return_inverse=True)
                 weight = view.read_rows(embedding_name, rows).to(device, dtype)
@@ -234,16 +224,48 @@ class Skeleton:
                 catcher = _FirstInput(recorders[0])
                 torch.func.functional_call(base, tensors, (), {"inputs_embeds": x, "use_cache": False}, strict=False)
                 hidden = catcher.value()
-                first = hidden if first is None else first
                 for calls, recorder in zip(self._calls, recorders, strict=True):
                     assert recorder.call is not None, "the model skipped a block"
                     calls.setdefault(len(batch), recorder.call)
                 yield hidden
+        if self.family is None:
+            self._infer_groups(hidden)
+
+    def finish(self, view: CheckpointView, hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """What the head reads (B, T, D): the last block's output `hidden` through whatever the model puts after its blocks."""
+        with self._recorders() as recorders:
+            recorders[-1].value = hidden
+            tensors = self._base_tensors(view, str(hidden.device), dtype)
+            out = torch.func.functional_call(
+                self.model.base_model, tensors, (), {"inputs_embeds": torch.zeros_like(hidden), "use_cache": False}, strict=False
+            )
+        result: torch.Tensor = out[0]
+        return result
+
+    @contextmanager
+    def _recorders(self) -> Iterator[list[_Recorder]]:
+        """Every block replaced by one that returns its input."""
+        blocks = self.model.get_submodule(self.path)
+        recorders = [_Recorder(b) for b in self.blocks]
+        for i, recorder in enumerate(recorders):
+            blocks[i] = recorder  # type: ignore[index]
+        try:
+            yield recorders
         finally:
             for i, block in enumerate(self.blocks):
-                blocks[i] = block
-        if self.family is None and first is not None:
-            self._infer_groups(first)
+                blocks[i] = block  # type: ignore[index]
+
+    def _base_tensors(self, view: CheckpointView, device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Parameters and buffers of the base model but for embedding and blocks."""
+        base = self.model.base_model
+        own = {id(p) for m in (self.model.get_input_embeddings(), *self.blocks) for p in m.parameters()}
+        prefix = next((n for n, m in self.model.named_modules() if m is base), "")
+        prefix = f"{prefix}." if prefix else ""
+        tensors = {n: view.read(prefix + n).to(device, dtype) for n, p in base.named_parameters() if id(p) not in own}
+        stored = set(view.names)
+        for n, b in base.named_buffers():
+            tensors[n] = (view.read(prefix + n) if prefix + n in stored else b).to(device)
+        return tensors
 
     def calls(self, index: int) -> list[Call]:
         """The arguments that the model passes to a block beside the hidden states, per batch size."""
@@ -303,71 +325,3 @@ class _FirstInput:
     def value(self) -> torch.Tensor:
         self._handle.remove()
         return self._seen[0]
-
-
-class CheckpointView:
-    """A checkpoint's tensors, as stored, under the names of the model's state dict.
-
-    Older checkpoints lack the base model's prefix (`h.0…` for `transformer.h.0…`); tensors that the model does not know are
-    listed in `extra` and travel unchanged.
-    """
-
-    def __init__(self, reader: CheckpointReader, skeleton: Skeleton) -> None:
-        self.reader = reader
-        wanted = skeleton.parameters()
-        prefix = f"{skeleton.model.base_model_prefix}."
-        self._source: dict[str, str] = {}
-        buffers = dict(skeleton.model.named_buffers())
-        for name, shape in wanted.items():
-            source = next((c for c in (name, name.removeprefix(prefix)) if c in reader), None)
-            if source is None:
-                if name in buffers:  # derived by the model, stored only by some versions
-                    continue
-                experts = ".experts." in name and any(".experts." in n for n in reader.names)
-                raise CompressError(
-                    f"{reader.folder}: tensor {name} is missing",
-                    hint="mixture-of-experts checkpoints that store experts one by one are not supported yet"
-                    if experts
-                    else "the checkpoint is incomplete, config.json is another model's, or its tensors are renamed on load",
-                )
-            if reader.shape(source) != shape:
-                raise CompressError(
-                    f"{reader.folder}: {source} has shape {reader.shape(source)}, config.json asks for {shape}",
-                    hint="the checkpoint and config.json do not belong together",
-                )
-            self._source[name] = source
-        taken = set(self._source.values())
-        self.extra = [n for n in reader.names if n not in taken]
-
-    @property
-    def names(self) -> list[str]:
-        """The model's names in its own order, then what else the checkpoint holds."""
-        return [*self._source, *self.extra]
-
-    def source(self, name: str) -> str:
-        """The checkpoint's own name of a tensor."""
-        return self._source.get(name, name)
-
-    def dtype(self, name: str) -> str:
-        return self.reader.dtype(self.source(name))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape as stored (Conv1D: (I, O))."""
-        return self.reader.shape(self.source(name))
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor as stored; NaN or Inf is an error that names it."""
-        tensor = self.reader.read(self.source(name))
-        check_finite(self.source(name), tensor)
-        return tensor
-
-    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        tensor = self.reader.read_rows(self.source(name), rows)
-        check_finite(self.source(name), tensor)
-        return tensor
-
-
-def check_finite(name: str, tensor: torch.Tensor) -> None:
-    """Stop at NaN or Inf with the tensor's name."""
-    if not finite(tensor):
-        raise CompressError(f"{name}: holds NaN or Inf", hint="the checkpoint is damaged or its training diverged: get a good copy")

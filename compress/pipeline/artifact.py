@@ -66,6 +66,8 @@ def write_companions(
 ) -> None:
     """config.json, the card, and a copy of every file that belongs to the model."""
     config = read_json(source / "config.json")
+    if config.get("tie_word_embeddings", True) and not skeleton.config.tie_word_embeddings:
+        config["tie_word_embeddings"] = False  # a rotated head is a tensor of its own
     quant = quantization_config(layout, params, skeleton)
     if quant is not None:
         config["quantization_config"] = quant

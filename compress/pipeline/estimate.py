@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from compress.checkpoint import dtypes
-from compress.models.skeleton import CheckpointView, Skeleton
+from compress.models.skeleton import Skeleton
+from compress.models.view import CheckpointView
 from compress.pipeline.layout import Layout
 from compress.pipeline.memory import rss
 from compress.types import Block, Stat
@@ -62,7 +63,7 @@ def estimate(
         sum(e.nbytes for e in view.reader.entries.values()),
         8 * sum(packed.values()) / weights,
         peak,
-        _seconds(skeleton, config, weights, tokens, size),
+        _seconds(method, config, weights, tokens, size),
     )
 
 
@@ -91,10 +92,12 @@ def _data_bytes(
     kept = tokens * width * dtype.itemsize * (2 + len(collect.modules))
     kept = 0 if on_disk(states, tokens, width, dtype) else kept
     activations = batch_size * seqlen * max(max(s) for s in shapes.values()) * dtype.itemsize * 4
-    return statistics + kept + activations + elements * dtype.itemsize + 24 * largest
+    scratch = method.workspace(block, config) if hasattr(method, "workspace") else 24 * largest
+    rotated = 24 * largest if getattr(config, "rotate", False) else 0  # fp64 while a tensor is read
+    return statistics + kept + activations + elements * dtype.itemsize + max(scratch, rotated)
 
 
-def _seconds(skeleton: Skeleton, config: Any, weights: int, tokens: int, size: int) -> float:
+def _seconds(method: ModuleType, config: Any, weights: int, tokens: int, size: int) -> float:
     """From a matrix product and a pass over memory measured now; a rough guide."""
     a = torch.randn(512, 512)
     a @ a
@@ -105,6 +108,9 @@ def _seconds(skeleton: Skeleton, config: Any, weights: int, tokens: int, size: i
     rounding = weights * 4.5e-8
     if not tokens:
         return rounding + size / 3e8
+    if hasattr(method, "stages"):
+        passes = 3 if getattr(config, "sequential", False) else 2
+        return 12 * rounding + 2 * weights * tokens * (passes + 1) / flops + size / 3e8
     tried = (getattr(config, "grid", 20) + 2) * (0.125 if getattr(config, "search", "") == "fast" else 1) + getattr(
         config, "keep", 4
     )

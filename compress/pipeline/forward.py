@@ -7,11 +7,11 @@ an unbroken run compute the same numbers.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,13 +22,14 @@ from compress.checkpoint import dtypes
 from compress.checkpoint.writer import CheckpointWriter
 from compress.errors import CompressError
 from compress.formats import int_grouped
-from compress.models.skeleton import CheckpointView, Skeleton, check_finite
+from compress.models.skeleton import Skeleton
+from compress.models.view import CheckpointView, check_finite
 from compress.pipeline import memory
 from compress.pipeline.layout import Layout
+from compress.pipeline.observe import Enough, Observer, Tokens
 from compress.pipeline.resume import WorkDir
-from compress.pipeline.states import ModuleInputs, Store, tensor_ids
-from compress.stats import InputStats
-from compress.types import Block, Collect, Result, Stat
+from compress.pipeline.states import ModuleInputs, Store
+from compress.types import Block, Result
 
 logger = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
@@ -121,6 +122,7 @@ class Forward:
         self.folder = work.path if walk.states_on_disk else None
         self.propagate = bool(getattr(walk.config, "propagate", False))
         self.states: Store | None = None
+        self.weights: list[torch.Tensor] = []  # of the tokens (B, T), per batch, where the method weighs them
 
     @torch.no_grad()
     def run(self) -> None:
@@ -164,6 +166,11 @@ class Forward:
             del params
             memory.trim()
 
+    @property
+    def _scale_dtype(self) -> torch.dtype:
+        layout = self.walk.layout
+        return layout.scale_dtype(next(iter(layout.targets.values())))
+
     # -- one block ----------------------------------------------------------------------------------------------------
 
     def _load(self, index: int) -> Tensors:
@@ -178,10 +185,14 @@ class Forward:
 
     def _compute(self, index: int, tensors: Mapping[str, torch.Tensor]) -> Tensors:
         """Parameters and buffers of a block as its module wants them, in the compute dtype on the device."""
-        walk = self.walk
-        prefix, block = walk.skeleton.prefix(index), walk.skeleton.blocks[index]
-        params = {n: self._turn(prefix + n, tensors[n]).to(walk.device, walk.dtype) for n, _ in block.named_parameters()}
-        return params | {n: tensors.get(n, b).to(walk.device) for n, b in block.named_buffers()}
+        block = self.walk.skeleton.blocks[index]
+        buffers = {n: tensors.get(n, b).to(self.walk.device) for n, b in block.named_buffers()}
+        return self._params(index, {n: tensors[n] for n, _ in block.named_parameters()}) | buffers
+
+    def _params(self, index: int, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+        """Tensors as the module wants them."""
+        walk, prefix = self.walk, self.walk.skeleton.prefix(index)
+        return {n: self._turn(prefix + n, t).to(walk.device, walk.dtype) for n, t in tensors.items()}
 
     def _compressed(self, index: int) -> Tensors:
         """A finished block's parameters, read back from the artifact."""
@@ -210,78 +221,85 @@ class Forward:
             skeleton.scalings(),
             skeleton.no_clip(index),
         )
-        collect = walk.method.collects(block, walk.config)
-        scale_dtype = walk.layout.scale_dtype(next(iter(walk.layout.targets.values())))
         if self.states is None:
-            result = walk.method.compress(block, {}, walk.config, None, scale_dtype)
+            result = walk.method.compress(block, {}, walk.config, None, self._scale_dtype)
         else:
-            result = self._with_data(index, block, collect, scale_dtype)
+            result = self._with_data(block)
         return self._write(block, result)
 
-    def _with_data(self, index: int, block: Block, collect: Collect, scale_dtype: torch.dtype) -> Result:
-        walk = self.walk
+    def _with_data(self, block: Block) -> Result:
+        """Collect and compress, stage by stage; then run the states on."""
+        walk, index = self.walk, block.index
         params = self._compute(index, {**{f"{n}.weight": W for n, W in block.weights.items()}, **block.tensors})
-        assert self.states is not None
-        batches = len(self.states)
-        with self._observe(index, collect) as (stats, inputs):
-            self._advance(index, params, keep=self.propagate)
-        by_linear = {n: stats[group[0]] for group in block.groups for n in group if group[0] in stats}
-        runner = _BlockRunner(walk, index, params, inputs, batches, self.folder)
-        result: Result = walk.method.compress(block, by_linear, walk.config, runner, scale_dtype)
-        runner.close()
-        for kept in inputs.values():
-            kept.close()
-        del params, runner, stats, by_linear  # room for the compressed block
+        stages = walk.method.stages(block, walk.config) if hasattr(walk.method, "stages") else (tuple(block.weights),)
+        self.weights = self._token_weights(index, params)
+        assert self.propagate or len(stages) == 1, "a method with stages calibrates on compressed blocks"
+        result = Result({})
+        for number, stage in enumerate(stages):
+            part = replace(block, weights={n: block.weights[n] for n in stage})
+            found = self._stage(part, params)
+            result = result.merge(found)
+            if number + 1 < len(stages):
+                params |= self._params(index, self._linears(part, found))
+        del params
         if self.propagate:
             self._advance(index, self._compute(index, self._as_stored(block, result)))
         return result
 
+    def _token_weights(self, index: int, params: Tensors) -> list[torch.Tensor]:
+        """The method's weights of the calibration tokens at this block, per batch; none where it has none."""
+        walk = self.walk
+        if not hasattr(walk.method, "token_weights"):
+            return []
+        assert walk.tokens is not None
+        assert self.states is not None
+        counts = walk.tokens.flatten().bincount()[walk.tokens]
+        out = []
+        for b, ids in enumerate(counts.split(walk.batch_size)):
+            x = self.states[b].to(walk.device)
+            run = functools.partial(walk.skeleton.run, index, params, x)
+            view = Tokens(walk.skeleton.blocks[index], run, x, ids.to(walk.device))
+            out.append(walk.method.token_weights(view, walk.config))
+        return [] if out[0] is None else out
+
+    def _stage(self, block: Block, params: Tensors) -> Result:
+        """Statistics of the block as `params` make it, and the method's answer for the linears of `block`."""
+        walk, index = self.walk, block.index
+        assert walk.tokens is not None
+        assert self.states is not None
+        collect = walk.method.collects(block, walk.config)
+        observer = Observer(walk.skeleton, walk.layout, index, collect, walk.tokens.numel(), self.folder)
+        batches = len(self.states)
+        with observer.hooks():
+            self._advance(index, params, keep=self.propagate, observer=observer)
+        stats = {n: observer.stats[group[0]] for group in block.groups for n in group if group[0] in observer.stats}
+        runner = _BlockRunner(walk, index, params, observer.inputs, batches, self.folder)
+        result: Result = walk.method.compress(block, stats, walk.config, runner, self._scale_dtype)
+        runner.close()
+        observer.close()
+        return result
+
+    @staticmethod
+    def _linears(block: Block, result: Result) -> Tensors:
+        return {f"{n}.weight": int_grouped.dequantize(result.packed[n]) for n in block.weights}
+
     def _as_stored(self, block: Block, result: Result) -> Tensors:
         """A compressed block's tensors with the rounding that the artifact gives them: what a resumed run reads back."""
         prefix, plan = self.walk.skeleton.prefix(block.index), self.writer.plan
-        tensors = {**block.tensors, **result.tensors}
-        tensors |= {f"{n}.weight": int_grouped.dequantize(p) for n, p in result.packed.items()}
+        tensors = {**block.tensors, **result.tensors, **self._linears(block, result)}
         return {n: t.to(dtypes.TORCH[plan[prefix + n].dtype]) if prefix + n in plan else t for n, t in tensors.items()}
 
-    @contextmanager
-    def _observe(self, index: int, collect: Collect) -> Iterator[tuple[dict[str, InputStats], dict[str, ModuleInputs]]]:
-        """Hooks that fill statistics and keep module inputs while the block runs."""
-        walk, block = self.walk, self.walk.skeleton.blocks[index]
-        assert walk.tokens is not None
-        shared = set().union(*(tensor_ids(call) for call in walk.skeleton.calls(index)))
-        stats: dict[str, InputStats] = {}
-        inputs = {m: ModuleInputs(self.folder, shared) for m in collect.modules}
-        handles = []
-
-        def observe(name: str, want: Stat) -> None:
-            target = walk.layout.targets.get(walk.skeleton.prefix(index) + name)
-            width = target.shape[1] if target else walk.skeleton.linears(index)[name][1]
-            group = width if collect.group == -1 else collect.group
-            assert walk.tokens is not None
-            stats[name] = InputStats(want, width, walk.tokens.numel(), group)
-            hook = block.get_submodule(name).register_forward_pre_hook(lambda _m, args: stats[name].update(args[0]))
-            handles.append(hook)
-
-        for name, want in collect.stats.items():
-            observe(name, want)
-        for name, kept in inputs.items():
-            handles.append(
-                block.get_submodule(name).register_forward_pre_hook(
-                    lambda _m, args, kwargs, kept=kept: kept.append(args, kwargs), with_kwargs=True
-                )
-            )
-        try:
-            yield stats, inputs
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _advance(self, index: int, params: Tensors, keep: bool = False) -> None:
-        """Run the states through a block; with `keep`, only its hooks matter and the states stay."""
+    def _advance(self, index: int, params: Tensors, keep: bool = False, observer: Observer | None = None) -> None:
+        """Run the states through a block; with `keep`, only its hooks matter: they may stop it, and the states stay."""
         assert self.states is not None
         after = Store(self.folder)
         for b in range(len(self.states)):
-            out = self.walk.skeleton.run(index, params, self.states[b].to(self.walk.device))
+            if observer is not None:
+                observer.expect(self.weights[b] if self.weights else None, keep)
+            try:
+                out = self.walk.skeleton.run(index, params, self.states[b].to(self.walk.device))
+            except Enough:
+                continue
             if not dtypes.finite(out):
                 raise CompressError(
                     f"block {index}: its output holds NaN or Inf on the calibration text",
@@ -338,8 +356,7 @@ class Forward:
         for name in walk.view.names:
             if name.startswith(prefixes):
                 continue
-            source, start = walk.view.source(name), 0
-            for piece in walk.view.reader.chunks(source):
-                check_finite(source, piece)
+            start = 0
+            for piece in walk.view.chunks(name):
                 self.writer.write_piece(name, start, self._cast(name, piece, self.writer.plan[name].dtype))
                 start += piece.numel()

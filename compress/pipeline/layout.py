@@ -15,7 +15,8 @@ from compress.checkpoint import dtypes
 from compress.checkpoint.writer import Planned
 from compress.errors import CompressError, nearest
 from compress.formats import int_grouped
-from compress.models.skeleton import CheckpointView, Skeleton
+from compress.models.skeleton import Skeleton
+from compress.models.view import CheckpointView
 from compress.types import Packed
 
 logger = logging.getLogger(__name__)

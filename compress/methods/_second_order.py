@@ -1,0 +1,103 @@
+"""What GPTQ and RSQ share: options, stages, and one block's solution with the Hessian solver."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from compress.errors import CompressError, nearest
+from compress.methods import _solvers
+from compress.methods._pack import pack_codes
+from compress.methods._quantizer import Grid, check_grid, check_groups
+from compress.stats import InputStats
+from compress.types import Block, Collect, Packed, Result, Runner, Stat
+
+
+@dataclass(frozen=True, slots=True)
+class SecondOrder:
+    """Options of every method that rounds with a Hessian."""
+
+    bits: int = field(default=4, metadata={"help": "bits per weight: 2, 3, 4 or 8"})
+    group_size: int = field(default=128, metadata={"help": "inputs that share a scale; -1: a whole row"})
+    symmetric: bool = field(default=True, metadata={"help": "no zero-points"})
+    sym_scale: str = field(default="full", metadata={"help": "symmetric scale: full = 2 max/(2^b-1), restricted = max/(2^(b-1)-1)"})
+    clip: str = field(default="hessian", metadata={"help": "shrink each group's range: off, mse (norm 2.4), hessian"})
+    damp: float = field(default=0.01, metadata={"help": "share of the mean diagonal added to the Hessian"})
+    act_order: str = field(default="group", metadata={"help": "columns by falling activation: off, static (scales first), group"})
+    sequential: bool = field(default=True, metadata={"help": "collect again after every group of linears (qkv, o, gate/up, down)"})
+    refine: int = field(default=0, metadata={"help": "passes of coordinate descent after the solver"})
+    propagate: ClassVar[bool] = True  # calibrate each block on the compressed blocks before it
+
+    def __post_init__(self) -> None:
+        check_grid(self.bits, self.group_size, self.sym_scale)
+        for option, value, known in (("act-order", self.act_order, _solvers.ACT_ORDERS), ("clip", self.clip, _solvers.CLIPS)):
+            if value not in known:
+                raise CompressError(f"--{option} {value!r} is unknown", hint=nearest(value, list(known)), usage=True)
+        if not 0 <= self.damp <= 10:
+            raise CompressError("--damp must be in 0..10", hint="0.01 is usual", usage=True)
+        if not 0 <= self.refine <= 100:
+            raise CompressError("--refine must be in 0..100", hint="3 is plenty", usage=True)
+
+    def check(self, name: str, shape: tuple[int, int]) -> None:
+        """Refuse a linear (O, I) that this configuration cannot hold."""
+        check_groups(name, shape[1], self.group_size)
+
+    def params(self) -> dict[str, Any]:
+        """Format parameters, the same for every linear."""
+        return {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+
+
+def stages(block: Block, config: SecondOrder) -> tuple[tuple[str, ...], ...]:
+    """Linears that read the same input, in the order of use; one stage of all of them without `sequential`."""
+    if not config.sequential:
+        return (tuple(block.weights),)
+    groups = (tuple(n for n in group if n in block.weights) for group in block.groups)
+    return tuple(group for group in groups if group)
+
+
+def collects(block: Block, config: SecondOrder) -> Collect:
+    """One Hessian per input."""
+    return Collect({group[0]: Stat.GRAM for group in block.groups if any(n in block.weights for n in group)})
+
+
+def workspace(block: Block, config: SecondOrder) -> int:
+    """Bytes that `compress` needs for its largest group of linears: copies of the Hessian, and of the rows solved at a time."""
+    most = 0
+    for group in block.groups:
+        shapes = [block.weights[n].shape for n in group if n in block.weights]
+        if shapes:
+            rows, inputs = sum(s[0] for s in shapes), shapes[0][1]
+            chunk = min(rows, max(_solvers.LEAST_ROWS, _solvers.CHUNK // inputs))
+            most = max(most, 4 * inputs * (4 * inputs + 2 * rows + 6 * chunk))
+    return most
+
+
+def compress(
+    block: Block, stats: Mapping[str, InputStats], config: SecondOrder, run: Runner | None, scale_dtype: torch.dtype
+) -> Result:
+    """Round the linears of the block; those that read the same input are solved as one tall matrix."""
+    grid = Grid(
+        config.bits, config.group_size, config.symmetric, scale_dtype, sym_scale=config.sym_scale, mse_clip=config.clip == "mse"
+    )  # fmt: skip
+    packed: dict[str, Packed] = {}
+    errors: dict[str, float] = {}
+    record: list[dict[str, Any]] = []
+    for group in block.groups:
+        names = [n for n in group if n in block.weights]
+        if not names:
+            continue
+        W = torch.cat([block.weights[n].float() for n in names])
+        H = stats[names[0]].hessian()
+        solved, facts = _solvers.second_order(
+            W, H, grid, damp=config.damp, act_order=config.act_order, clip=config.clip, refine=config.refine, name=names[0]
+        )
+        record.append({"linears": names, **facts})
+        start = 0
+        for n in names:
+            rows = slice(start, start + block.weights[n].shape[0])
+            start = rows.stop
+            packed[n], errors[n] = pack_codes(W[rows], solved.q[rows], solved.scale[rows], solved.zero[rows], grid)
+    return Result(packed, {}, errors, {"hessian": record})

@@ -1,0 +1,212 @@
+"""Second-order rounding: GPTQ's column solver on one Hessian.
+
+    minimise over W_hat on the grid   tr((W - W_hat) H (W - W_hat)ᵀ),     H = sum over tokens of w_t x_t x_tᵀ  (any positive factor)
+
+Source: GPTQ (arXiv 2210.17323, algorithm 1; IST-DASLab/gptq `gptq.py: fasterquant`); add-damp-until-success as ylsung/rsq
+`gptq_utils.py`. Columns are rounded one by one; the error of each is pushed onto the columns after it along a row of U, the upper
+Cholesky factor of H⁻¹. Where we differ: a group's scale is fitted on the weights *as updated so far* also inside a block of columns
+(SpQR does so too; the official code fits it on weights that wait for the block's updates), and U comes from one Cholesky
+factorization of the reversed H and a triangular inverse instead of two factorizations and a full inverse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from compress.errors import CompressError
+from compress.methods._quantizer import Grid, encode, fit, fit_weighted
+
+_BLOCK = 128  # columns whose updates wait for each other; no effect on the result
+_TRIES = 50
+ACT_ORDERS = ("off", "static", "group")
+CLIPS = ("off", "mse", "hessian")
+CHUNK, LEAST_ROWS = 1 << 23, 256  # weights, but at least so many rows, solved at a time; rows do not depend on each other
+Fitter = Callable[[torch.Tensor, torch.Tensor, Grid], tuple[torch.Tensor, torch.Tensor]]  # (W (O, I), weight (I,), grid)
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """U with H⁻¹ = UᵀU for the damped, permuted H, and how it came about."""
+
+    U: torch.Tensor  # (I, I) upper triangular
+    order: torch.Tensor | None  # (I,) column of W at each place; None: as it is
+    damp: float  # share of the mean diagonal that was added
+    dead: torch.Tensor  # (I,) bool: inputs that were always 0
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """Codes (O, I) uint8 with scale and zero (O, G), fp32."""
+
+    q: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.q, self.scale, self.zero
+
+
+def invert_upper(R: torch.Tensor) -> torch.Tensor:
+    """Inverse of an upper triangular matrix (I, I), in place, at the speed of a matrix product."""
+    n = R.shape[0]
+    if n <= 64:
+        return R.copy_(torch.linalg.solve_triangular(R, torch.eye(n, dtype=R.dtype, device=R.device), upper=True))
+    m = n // 2
+    A, B, D = invert_upper(R[:m, :m]), R[:m, m:], invert_upper(R[m:, m:])
+    B.copy_(A @ B @ D).neg_()
+    return R
+
+
+def order_of(diagonal: torch.Tensor, act_order: str, group: int) -> torch.Tensor | None:
+    """Columns by falling diagonal: all of them ("static"), or groups by their sum and columns inside a group ("group")."""
+    if act_order == "off":
+        return None
+    if act_order == "static":
+        return torch.argsort(diagonal, descending=True, stable=True)
+    d = diagonal.view(-1, group)
+    inside = torch.argsort(d, dim=1, descending=True, stable=True)
+    groups = torch.argsort(d.sum(1), descending=True, stable=True)
+    return (inside + torch.arange(0, len(diagonal), group, device=d.device).unsqueeze(1))[groups].reshape(-1)
+
+
+def factorize(H: torch.Tensor, damp: float, act_order: str = "off", group: int = -1, name: str = "") -> Factor:
+    """U of H (I, I), which is overwritten. Damping is raised by `damp` until the factorization succeeds, at most 50 times."""
+    diagonal = H.diagonal()
+    dead = diagonal == 0
+    diagonal[dead] = 1.0
+    order = order_of(diagonal, act_order, H.shape[0] if group == -1 else group)
+    if order is not None:
+        H = H[order][:, order]
+    H = H.flip(0, 1)
+    step = max(damp, 1e-6) * float(H.diagonal().mean(dtype=torch.float64))
+    total = 0.0
+    if damp > 0:
+        H.diagonal().add_(step)
+        total = damp
+    for _ in range(_TRIES):
+        L, failed = torch.linalg.cholesky_ex(H)
+        if not failed and torch.isfinite(L.diagonal()).all():
+            return Factor(invert_upper(L.flip(0, 1)), order, total, dead)
+        H.diagonal().add_(step)
+        total += max(damp, 1e-6)
+    raise CompressError(
+        f"{name}: its Hessian stays indefinite with {total:.3g} of its mean diagonal added",
+        hint="use more calibration tokens (--nsamples), or a larger --damp",
+    )
+
+
+def solve(W: torch.Tensor, factor: Factor, grid: Grid, fitter: Fitter, static: bool = False) -> Solved:
+    """Round W (O, I) fp32 to the grid, column by column. `static` fits every group before the first column is rounded.
+
+    `fitter` chooses (scale, zero) of a group from its current weights and from what an error costs after compensation, 1/U_cc².
+    """
+    O, I = W.shape
+    g = grid.size(I)
+    W = W.masked_fill(factor.dead, 0.0)
+    order = factor.order
+    fixed = None
+    cost = factor.U.diagonal().square().reciprocal()
+    if static:
+        fixed = fitter(W.contiguous(), cost if order is None else torch.empty_like(cost).index_copy_(0, order, cost), grid)
+    V = (W if order is None else W[:, order]).T.contiguous()  # (I, O): a column of W is contiguous
+    where = torch.arange(I, device=W.device) if order is None else order
+    scale, zero = (torch.empty(I // g, O, device=W.device) for _ in range(2))
+    if fixed is not None:
+        scale, zero = fixed[0].T.contiguous(), fixed[1].T.contiguous()
+    group_of = (where // g).tolist()
+    step = _BLOCK if g >= I or static else g * max(1, _BLOCK // g)
+    U, diagonal = factor.U, factor.U.diagonal().tolist()
+    q = torch.empty(I, O, dtype=torch.uint8, device=W.device)
+    row = replace(grid, group_size=-1)
+    for start in range(0, I, step):
+        end = min(start + step, I)
+        E = torch.empty(end - start, O, dtype=W.dtype, device=W.device)
+        for c in range(start, end):
+            k = group_of[c]
+            if fixed is None and c % g == 0:
+                s, z = fitter(V[c : c + g].T.contiguous(), cost[c : c + g], row)
+                scale[k], zero[k] = s[:, 0], z[:, 0]
+            w, s, z = V[c], scale[k], zero[k]
+            code = (w / s).round_().add_(z).clamp_(0, grid.levels)
+            q[c] = code
+            e = E[c - start]
+            torch.sub(w, code.sub_(z).mul_(s), out=e)
+            e.div_(diagonal[c])
+            V[c + 1 : end].addr_(U[c, c + 1 : end], e, alpha=-1)
+        V[end:].addmm_(U[start:end, end:].T, E, alpha=-1)
+    if order is not None:
+        q = torch.empty_like(q).index_copy_(0, order, q)
+    return Solved(q.T.contiguous(), scale.T.contiguous(), zero.T.contiguous())
+
+
+def dequantize(solved: Solved) -> torch.Tensor:
+    """W_hat (O, I), fp32."""
+    O, G = solved.scale.shape
+    v = solved.q.view(O, G, -1).float().sub_(solved.zero.unsqueeze(-1))
+    return v.mul_(solved.scale.unsqueeze(-1)).view(O, -1)
+
+
+def row_losses(W: torch.Tensor, solved: Solved, H: torch.Tensor) -> torch.Tensor:
+    """d H dᵀ for every row d of W_hat - W, (O,)."""
+    D = dequantize(solved).sub_(W)
+    return (D @ H).mul_(D).sum(1)
+
+
+def descend(W: torch.Tensor, H: torch.Tensor, solved: Solved, grid: Grid) -> Solved:
+    """One pass of coordinate descent: column by column, each code becomes the best one given all others. Never raises the loss.
+
+    Source of the update: QuantEase (arXiv 2309.01885, section 3), here on the codes of another solver and with its scales.
+    """
+    I = W.shape[1]
+    g = grid.size(I)
+    h = H.diagonal().clamp(min=torch.finfo(H.dtype).tiny).tolist()
+    V, scale, zero = W.T.contiguous(), solved.scale.T.contiguous(), solved.zero.T.contiguous()
+    D = V - dequantize(solved).T  # (I, O)
+    q = solved.q.T.contiguous()
+    for start in range(0, I, _BLOCK):
+        end = min(start + _BLOCK, I)
+        P = H[start:end] @ D  # (b, O): the gradient of these columns, kept up to date below
+        near = H[start:end, start:end]
+        for c in range(start, end):
+            s, z = scale[c // g], zero[c // g]
+            code = D[c].sub(P[c - start], alpha=1 / h[c]).neg_().add_(V[c])
+            code.div_(s).round_().add_(z).clamp_(0, grid.levels)
+            q[c] = code
+            d = V[c] - code.sub_(z).mul_(s)
+            P.addr_(near[c - start], d - D[c])
+            D[c] = d
+    return Solved(q.T.contiguous(), solved.scale, solved.zero)
+
+
+def second_order(
+    W: torch.Tensor, H: torch.Tensor, grid: Grid, *, damp: float, act_order: str, clip: str, refine: int, name: str
+) -> tuple[Solved, dict[str, Any]]:
+    """Round W (O, I) with H (I, I), row by row never worse than rounding to nearest; and what happened, for the manifest.
+
+    `clip`: "off", "mse" (the quantizer's norm-2.4 search) or "hessian" (weighted by what an error costs after compensation).
+    `refine`: passes of coordinate descent afterwards.
+    """
+    fitter: Fitter = fit_weighted if clip == "hessian" else lambda v, _, grid: fit(v, grid)
+    factor = factorize(H.clone(), damp, act_order, grid.group_size, name)
+    parts, losses, plain = [], 0.0, 0.0
+    for w in W.split(max(LEAST_ROWS, CHUNK // W.shape[1])):
+        solved = solve(w, factor, grid, fitter, static=act_order == "static")
+        for _ in range(refine):
+            solved = descend(w, H, solved, grid)
+        nearest = fit(w, grid)
+        rtn = Solved(encode(w, *nearest, grid), *nearest)
+        ours, theirs = row_losses(w, solved, H), row_losses(w, rtn, H)
+        better = (ours <= theirs).unsqueeze(1)
+        parts.append(Solved(*(torch.where(better, a, b) for a, b in zip(solved.parts, rtn.parts, strict=True))))
+        losses += float(torch.minimum(ours, theirs).sum(dtype=torch.float64))
+        plain += float(theirs.sum(dtype=torch.float64))
+    record = {
+        "damp": float(f"{factor.damp:.6g}"), "dead": int(factor.dead.sum()),
+        "loss": float(f"{losses / len(W):.6g}"), "rtn_loss": float(f"{plain / len(W):.6g}"),
+    }  # fmt: skip
+    return Solved(*(torch.cat(column) for column in zip(*(p.parts for p in parts), strict=True))), record

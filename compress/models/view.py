@@ -1,0 +1,90 @@
+"""A checkpoint's tensors under the names that the model gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from compress.checkpoint.dtypes import finite
+from compress.checkpoint.reader import CheckpointReader
+from compress.errors import CompressError
+
+if TYPE_CHECKING:
+    from compress.models.skeleton import Skeleton
+
+
+class CheckpointView:
+    """A checkpoint's tensors, as stored, under the names of the model's state dict.
+
+    Older checkpoints lack the base model's prefix (`h.0…` for `transformer.h.0…`); tensors that the model does not know are
+    listed in `extra` and travel unchanged. `aliases` names the tensor to read for a name that must not be read itself.
+    """
+
+    def __init__(self, reader: CheckpointReader, skeleton: Skeleton, aliases: Mapping[str, str] | None = None) -> None:
+        self.reader = reader
+        wanted = skeleton.parameters()
+        prefix = f"{skeleton.model.base_model_prefix}."
+        self._source: dict[str, str] = {}
+        buffers = dict(skeleton.model.named_buffers())
+        for name, shape in wanted.items():
+            stored = (aliases or {}).get(name, name)
+            source = next((c for c in (stored, stored.removeprefix(prefix)) if c in reader), None)
+            if source is None:
+                if name in buffers:  # derived by the model, stored only by some versions
+                    continue
+                experts = ".experts." in name and any(".experts." in n for n in reader.names)
+                raise CompressError(
+                    f"{reader.folder}: tensor {name} is missing",
+                    hint="mixture-of-experts checkpoints that store experts one by one are not supported yet"
+                    if experts
+                    else "the checkpoint is incomplete, config.json is another model's, or its tensors are renamed on load",
+                )
+            if reader.shape(source) != shape:
+                raise CompressError(
+                    f"{reader.folder}: {source} has shape {reader.shape(source)}, config.json asks for {shape}",
+                    hint="the checkpoint and config.json do not belong together",
+                )
+            self._source[name] = source
+        taken = set(self._source.values())
+        self.extra = [n for n in reader.names if n not in taken and n not in self._source]
+
+    @property
+    def names(self) -> list[str]:
+        """The model's names in its own order, then what else the checkpoint holds."""
+        return [*self._source, *self.extra]
+
+    def source(self, name: str) -> str:
+        """The checkpoint's own name of a tensor."""
+        return self._source.get(name, name)
+
+    def dtype(self, name: str) -> str:
+        return self.reader.dtype(self.source(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape as stored (Conv1D: (I, O))."""
+        return self.reader.shape(self.source(name))
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor as stored; NaN or Inf is an error that names it."""
+        tensor = self.reader.read(self.source(name))
+        check_finite(self.source(name), tensor)
+        return tensor
+
+    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        tensor = self.reader.read_rows(self.source(name), rows)
+        check_finite(self.source(name), tensor)
+        return tensor
+
+    def chunks(self, name: str) -> Iterator[torch.Tensor]:
+        """One tensor in flat pieces."""
+        for piece in self.reader.chunks(self.source(name)):
+            check_finite(self.source(name), piece)
+            yield piece
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Stop at NaN or Inf with the tensor's name."""
+    if not finite(tensor):
+        raise CompressError(f"{name}: holds NaN or Inf", hint="the checkpoint is damaged or its training diverged: get a good copy")
