@@ -161,7 +161,7 @@ def quantize(
     try:
         _walk(job, calib, work, disk, progress)
         artifact.write_companions(
-            job.folder, work.artifact, job.layout, job.config.params(), job.skeleton, job.method_name, job.name
+            job.folder, work.artifact, job.layout, job.config.params(), job.skeleton, job.method_name, job.name, job.view.untied
         )
         records = {"linears": work.state["linears"], "search": work.state["search"]}
         artifact.write_manifest(work.artifact, {**facts, "job": mark, "format": format, **records})

@@ -21,14 +21,14 @@ from compress.checkpoint.reader import CheckpointReader
 from compress.formats import int_grouped
 from compress.types import Packed
 
-QUICK = ["--dataset", CALIBRATION, "--nsamples", 8, "--seqlen", 128]
+QUICK = ["--dataset", CALIBRATION, "--nsamples", 8, "--seqlen", 128, "--grid", 4, "--keep", 2, "--clip-steps", 4]
 
 
 @pytest.fixture(scope="module")
 def awq4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The README's artifact, with less calibration data."""
     out = tmp_path_factory.mktemp("awq4") / "out"
-    compress.quantize(EXAMPLE, "awq", out, bits=4, group_size=32, dataset=CALIBRATION, nsamples=32)
+    compress.quantize(EXAMPLE, "awq", out, bits=4, group_size=32, dataset=CALIBRATION, nsamples=16)
     return out
 
 
@@ -63,7 +63,7 @@ def test_evaluation_beats_plain_rounding_and_reports_into_the_artifact(
     assert rtn.code == 0, rtn.err
     found = {}
     for name, path in (("awq", awq4), ("rtn", tmp_path / "rtn")):
-        done = cli("eval", path, "--baseline", EXAMPLE, "--text", VALID, "--windows", 40, "--batch-size", 4, "--json")
+        done = cli("eval", path, "--baseline", EXAMPLE, "--text", VALID, "--windows", 20, "--batch-size", 4, "--json")
         assert done.code == 0, done.err
         found[name] = {m["name"]: m for m in json.loads(done.out)["metrics"]}
     assert found["awq"]["perplexity"]["baseline"] < found["awq"]["perplexity"]["value"] < found["rtn"]["perplexity"]["value"]

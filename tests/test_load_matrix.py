@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,14 +22,17 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 import torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
 ids = torch.tensor(json.loads(sys.argv[3]))
-with torch.no_grad():
-    first = model(ids).logits
-    again = model(ids).logits
-assert torch.equal(first, again)
-assert not [m for m in sys.modules if m.split(".")[0] in ("compress", "compress_kernels")]
-torch.save(first, sys.argv[2])
+count = int(sys.argv[4]) if len(sys.argv) > 4 else None  # folders 0 … count - 1 of a folder
+for number in range(count or 1):
+    folder = sys.argv[1] if count is None else f"{sys.argv[1]}/{number}"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        first = model(ids).logits
+        again = model(ids).logits
+    assert torch.equal(first, again)
+    assert not [m for m in sys.modules if m.split(".")[0] in ("compress", "compress_kernels")]
+    torch.save(first, sys.argv[2].format(number))
 """
 IDS = [[1, 9038, 2501, 263, 931, 727, 471, 263, 2217, 7826, 4257, 365]]
 
@@ -54,13 +58,27 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("method", "bits", "group", "symmetric"), CASES)
-def test_stock_transformers_gives_our_logits(method: str, bits: int, group: int, symmetric: bool, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def _options(method: str, bits: int, group: int, symmetric: bool) -> dict[str, Any]:
     data = {"dataset": CALIBRATION, "nsamples": 2, "seqlen": 64} if method != "rtn" else {}
-    options = {"bits": bits, "group_size": group, "symmetric": symmetric, **data}
-    compress.quantize(EXAMPLE, method, out, **options)
-    stock, own = stock_logits(out, tmp_path), own_logits(out)
+    return {"bits": bits, "group_size": group, "symmetric": symmetric, **data}
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case's artifact, and its logits from one process that cannot import us."""
+    folder = tmp_path_factory.mktemp("matrix")
+    for number, (method, bits, group, symmetric) in enumerate(CASES):
+        compress.quantize(EXAMPLE, method, folder / str(number), **_options(method, bits, group, symmetric))
+    done = python(STOCK, folder, folder / "{}.pt", json.dumps(IDS), len(CASES))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: "-".join(map(str, CASES[n])))
+def test_stock_transformers_gives_our_logits(number: int, matrix: Path, tmp_path: Path) -> None:
+    method, bits, group, symmetric = CASES[number]
+    options = _options(method, bits, group, symmetric)
+    stock, own = torch.load(matrix / f"{number}.pt", weights_only=True), own_logits(matrix / str(number))
     if symmetric:
         assert torch.equal(stock, own)
     else:  # stock makes them dense at load and rounds them to the checkpoint's fp16: exactly our dense artifact

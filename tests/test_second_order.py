@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from compress.methods._quantizer import Grid, encode, fit
 from compress.models.attention import received
 
 GRID = Grid(3, 32, False, torch.float32)
-DEFAULTS: dict[str, Any] = {"damp": 0.01, "act_order": "off", "clip": "off", "refine": 0, "name": "fc"}
+DEFAULTS: dict[str, Any] = {"damp": 0.01, "act_order": "off", "clip": "off", "name": "fc"}
 
 
 @pytest.fixture(scope="module")
@@ -126,18 +125,6 @@ def test_no_row_ends_above_plain_rounding(
     assert (ours <= theirs * (1 + 1e-5)).all()
     assert float(ours.mean()) == pytest.approx(record["loss"], rel=1e-4)
     assert ours.sum() < 0.8 * theirs.sum()
-
-
-def test_coordinate_descent_never_raises_the_loss(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
-    W, H = problem
-    solved = _solvers.solve(W, _solvers.factorize(H.clone(), 0.01), GRID, _plain)
-    losses = [_solvers.row_losses(W, solved, H)]
-    for _ in range(4):
-        solved = _solvers.descend(W, H, solved, GRID)
-        losses.append(_solvers.row_losses(W, solved, H))
-    for before, after in itertools.pairwise(losses):
-        assert (after <= before * (1 + 1e-4)).all()
-    assert losses[1].sum() < 0.99 * losses[0].sum()
 
 
 def test_columns_are_ordered_by_what_they_weigh_and_groups_stay_whole() -> None:
@@ -304,17 +291,17 @@ def test_the_hessian_is_the_weighted_sum_in_one_shot() -> None:
 
 @pytest.fixture(scope="module")
 def perplexities(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """W3 in groups of 32 on the shipped checkpoint, 16 calibration windows of 256."""
+    """W3 in groups of 32 on the shipped checkpoint, 8 calibration windows of 256."""
     folder = tmp_path_factory.mktemp("second")
-    data: dict[str, Any] = {"dataset": CALIBRATION, "nsamples": 16, "seqlen": 256}
+    data: dict[str, Any] = {"dataset": CALIBRATION, "nsamples": 8, "seqlen": 256}
     jobs: dict[str, tuple[str, dict[str, Any]]] = {
         "rtn": ("rtn", {}), "paper": ("gptq", {**data, "act_order": "off", "clip": "off"}),
-        "one pass": ("gptq", {**data, "sequential": False}), "gptq": ("gptq", data), "rsq": ("rsq", data),
+        "one pass": ("gptq", {**data, "sequential": False}), "gptq": ("gptq", data), "rsq": ("rsq", {**data, "importance": "none"}),
     }  # fmt: skip
     found = {}
     for name, (method, options) in jobs.items():
         compress.quantize(EXAMPLE, method, folder / name, bits=3, group_size=32, symmetric=False, **options)
-        found[name] = compress.evaluate(folder / name, text=VALID, windows=27, batch_size=9)["perplexity"].value
+        found[name] = compress.evaluate(folder / name, text=VALID, windows=18, batch_size=9)["perplexity"].value
     found["folder"] = folder
     return found
 

@@ -28,7 +28,6 @@ class SecondOrder:
     damp: float = field(default=0.01, metadata={"help": "share of the mean diagonal added to the Hessian"})
     act_order: str = field(default="group", metadata={"help": "columns by falling activation: off, static (scales first), group"})
     sequential: bool = field(default=True, metadata={"help": "collect again after every group of linears (qkv, o, gate/up, down)"})
-    refine: int = field(default=0, metadata={"help": "passes of coordinate descent after the solver"})
     propagate: ClassVar[bool] = True  # calibrate each block on the compressed blocks before it
 
     def __post_init__(self) -> None:
@@ -38,8 +37,6 @@ class SecondOrder:
                 raise CompressError(f"--{option} {value!r} is unknown", hint=nearest(value, list(known)), usage=True)
         if not 0 <= self.damp <= 10:
             raise CompressError("--damp must be in 0..10", hint="0.01 is usual", usage=True)
-        if not 0 <= self.refine <= 100:
-            raise CompressError("--refine must be in 0..100", hint="3 is plenty", usage=True)
 
     def check(self, name: str, shape: tuple[int, int]) -> None:
         """Refuse a linear (O, I) that this configuration cannot hold."""
@@ -92,7 +89,7 @@ def compress(
         W = torch.cat([block.weights[n].float() for n in names])
         H = stats[names[0]].hessian()
         solved, facts = _solvers.second_order(
-            W, H, grid, damp=config.damp, act_order=config.act_order, clip=config.clip, refine=config.refine, name=names[0]
+            W, H, grid, damp=config.damp, act_order=config.act_order, clip=config.clip, name=names[0]
         )
         record.append({"linears": names, **facts})
         start = 0

@@ -157,47 +157,18 @@ def row_losses(W: torch.Tensor, solved: Solved, H: torch.Tensor) -> torch.Tensor
     return (D @ H).mul_(D).sum(1)
 
 
-def descend(W: torch.Tensor, H: torch.Tensor, solved: Solved, grid: Grid) -> Solved:
-    """One pass of coordinate descent: column by column, each code becomes the best one given all others. Never raises the loss.
-
-    Source of the update: QuantEase (arXiv 2309.01885, section 3), here on the codes of another solver and with its scales.
-    """
-    I = W.shape[1]
-    g = grid.size(I)
-    h = H.diagonal().clamp(min=torch.finfo(H.dtype).tiny).tolist()
-    V, scale, zero = W.T.contiguous(), solved.scale.T.contiguous(), solved.zero.T.contiguous()
-    D = V - dequantize(solved).T  # (I, O)
-    q = solved.q.T.contiguous()
-    for start in range(0, I, _BLOCK):
-        end = min(start + _BLOCK, I)
-        P = H[start:end] @ D  # (b, O): the gradient of these columns, kept up to date below
-        near = H[start:end, start:end]
-        for c in range(start, end):
-            s, z = scale[c // g], zero[c // g]
-            code = D[c].sub(P[c - start], alpha=1 / h[c]).neg_().add_(V[c])
-            code.div_(s).round_().add_(z).clamp_(0, grid.levels)
-            q[c] = code
-            d = V[c] - code.sub_(z).mul_(s)
-            P.addr_(near[c - start], d - D[c])
-            D[c] = d
-    return Solved(q.T.contiguous(), solved.scale, solved.zero)
-
-
 def second_order(
-    W: torch.Tensor, H: torch.Tensor, grid: Grid, *, damp: float, act_order: str, clip: str, refine: int, name: str
+    W: torch.Tensor, H: torch.Tensor, grid: Grid, *, damp: float, act_order: str, clip: str, name: str
 ) -> tuple[Solved, dict[str, Any]]:
     """Round W (O, I) with H (I, I), row by row never worse than rounding to nearest; and what happened, for the manifest.
 
     `clip`: "off", "mse" (the quantizer's norm-2.4 search) or "hessian" (weighted by what an error costs after compensation).
-    `refine`: passes of coordinate descent afterwards.
     """
     fitter: Fitter = fit_weighted if clip == "hessian" else lambda v, _, grid: fit(v, grid)
     factor = factorize(H.clone(), damp, act_order, grid.group_size, name)
     parts, losses, plain = [], 0.0, 0.0
     for w in W.split(max(LEAST_ROWS, CHUNK // W.shape[1])):
         solved = solve(w, factor, grid, fitter, static=act_order == "static")
-        for _ in range(refine):
-            solved = descend(w, H, solved, grid)
         nearest = fit(w, grid)
         rtn = Solved(encode(w, *nearest, grid), *nearest)
         ours, theirs = row_losses(w, solved, H), row_losses(w, rtn, H)

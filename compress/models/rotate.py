@@ -75,8 +75,11 @@ class RotatedView(CheckpointView):
         names = {id(m): n for n, m in model.named_modules()}
         embedding, head = (f"{names[id(m)]}.weight" for m in (model.get_input_embeddings(), model.get_output_embeddings()))
         super().__init__(reader, skeleton, {head: embedding} if untied else {})
+        self.untied = untied
         config = skeleton.config
         residual = check(config)
+        if not residual:
+            logger.warning("family %r has norms between its linears and the stream: only the heads are rotated", config.model_type)
         self.kv, self.rep, self.width = heads(config)
         self._R1 = Rotation(config.hidden_size, seed) if residual else None
         self._R2 = Rotation(self.width)

@@ -22,6 +22,8 @@ class CheckpointView:
     listed in `extra` and travel unchanged. `aliases` names the tensor to read for a name that must not be read itself.
     """
 
+    untied = False  # whether a tied head became a tensor of its own
+
     def __init__(self, reader: CheckpointReader, skeleton: Skeleton, aliases: Mapping[str, str] | None = None) -> None:
         self.reader = reader
         wanted = skeleton.parameters()

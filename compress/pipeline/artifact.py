@@ -62,12 +62,12 @@ def _card(name: str, method: str, layout: Layout, params: dict[str, Any], config
 
 
 def write_companions(
-    source: Path, folder: Path, layout: Layout, params: dict[str, Any], skeleton: Skeleton, method: str, name: str
+    source: Path, folder: Path, layout: Layout, params: dict[str, Any], skeleton: Skeleton, method: str, name: str, untied: bool
 ) -> None:
     """config.json, the card, and a copy of every file that belongs to the model."""
     config = read_json(source / "config.json")
-    if config.get("tie_word_embeddings", True) and not skeleton.config.tie_word_embeddings:
-        config["tie_word_embeddings"] = False  # a rotated head is a tensor of its own
+    if untied:
+        config["tie_word_embeddings"] = False
     quant = quantization_config(layout, params, skeleton)
     if quant is not None:
         config["quantization_config"] = quant
