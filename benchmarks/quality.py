@@ -1,6 +1,6 @@
 """Perplexity of every quantization method at equal bits, group and symmetry; writes docs/quality.md.
 
-    python benchmarks/quality.py --model out/SmolLM2-135M-Instruct [--peer-python PEER/bin/python] [--only gptq,rsq] [--bits 3]
+    python benchmarks/quality.py --model out/SmolLM2-135M-Instruct [--peer-python PEER/bin/python] [--only "gptq;rsq"] [--bits 3]
     python benchmarks/quality.py --render
 
 The first form measures (SmolLM2 as in benchmarks/compare_awq.py: 16 calibration windows x 512 of the built-in text, 60 windows x
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--peer-python", help="python of an environment with llmcompressor")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--symmetric", action="store_true")
-    parser.add_argument("--only", help="names of jobs, separated by commas or semicolons")
+    parser.add_argument("--only", help="names of jobs, separated by semicolons")
     parser.add_argument("--render", action="store_true", help="only write docs/quality.md from the results")
     args = parser.parse_args()
     if args.render:

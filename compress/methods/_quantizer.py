@@ -14,6 +14,7 @@ Optional MSE clip search as IST-DASLab/gptq `quant.py`: 80 shrinks of the range,
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -118,14 +119,26 @@ def fit(W: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     lo, hi = v.amin(-1), v.amax(-1)
     if not grid.mse_clip:
         return fit_range(lo, hi, grid)
-    best = torch.full_like(lo, torch.inf)
-    scale, zero = fit_range(lo, hi, grid)
-    for i in range(_CLIP_STEPS):
-        p = 1 - i / _CLIP_GRID
-        s, z = fit_range(lo * p, hi * p, grid)
-        loss = (round_to(v, s, z, grid) - v).abs_().pow_(_CLIP_NORM).sum(-1)
-        better = loss < best
-        best = torch.where(better, loss, best)
+    shrunk = (1 - i / _CLIP_GRID for i in range(_CLIP_STEPS))
+    return pick_least(
+        fit_range(lo, hi, grid),
+        (fit_range(lo * p, hi * p, grid) for p in shrunk),
+        lambda s, z: (round_to(v, s, z, grid) - v).abs_().pow_(_CLIP_NORM).sum(-1),
+    )
+
+
+def pick_least(
+    start: tuple[torch.Tensor, torch.Tensor],
+    tried: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Elementwise the (scale, zero) of the least loss, the first of equals; `start` where no loss is finite."""
+    scale, zero = start
+    best = torch.full_like(scale, torch.inf)
+    for s, z in tried:
+        found = loss(s, z)
+        better = found < best
+        best = torch.where(better, found, best)
         scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
     return scale, zero
 
@@ -138,25 +151,22 @@ def fit_weighted(W: torch.Tensor, weight: torch.Tensor, grid: Grid, steps: int =
     v = W.view(W.shape[0], -1, grid.size(W.shape[1]))
     h = weight.view(v.shape[1:])
     lo, hi = v.amin(-1), v.amax(-1)
-    scale, zero = fit_range(lo, hi, grid)
-    best = torch.full_like(lo, torch.inf)
-    for i in range(steps):
-        p = 1 - i / 20
-        for s, z in ranges(lo * p, hi * p, grid):
-            loss = (round_to(v, s, z, grid).sub_(v).square_().mul_(h)).sum(-1)
-            better = loss < best
-            best = torch.where(better, loss, best)
-            scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
-    return scale, zero
+    shrunk = (1 - i / 20 for i in range(steps))
+    return pick_least(
+        fit_range(lo, hi, grid),
+        (found for p in shrunk for found in ranges(lo * p, hi * p, grid)),
+        lambda s, z: round_to(v, s, z, grid).sub_(v).square_().mul_(h).sum(-1),
+    )
 
 
-def _decode(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+def decode(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """Codes q (…, G, g) in fp32, which are overwritten, dequantized with scale and zero (…, G)."""
     return q.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1))
 
 
 def round_to(v: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid) -> torch.Tensor:
     """v (…, G, g) on the grid given by scale and zero (…, G), dequantized."""
-    return _decode(_round(v, scale, zero, grid), scale, zero)
+    return decode(_round(v, scale, zero, grid), scale, zero)
 
 
 def encode(W: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid) -> torch.Tensor:

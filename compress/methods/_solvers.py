@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from compress.errors import CompressError
-from compress.methods._quantizer import Grid, encode, fit, fit_weighted
+from compress.methods._quantizer import Grid, decode, encode, fit, fit_weighted
 
 _BLOCK = 128  # columns whose updates wait for each other; no effect on the result
 _TRIES = 50
@@ -147,8 +147,7 @@ def solve(W: torch.Tensor, factor: Factor, grid: Grid, fitter: Fitter, static: b
 def dequantize(solved: Solved) -> torch.Tensor:
     """W_hat (O, I), fp32."""
     O, G = solved.scale.shape
-    v = solved.q.view(O, G, -1).float().sub_(solved.zero.unsqueeze(-1))
-    return v.mul_(solved.scale.unsqueeze(-1)).view(O, -1)
+    return decode(solved.q.view(O, G, -1).float(), solved.scale, solved.zero).view(O, -1)
 
 
 def row_losses(W: torch.Tensor, solved: Solved, H: torch.Tensor) -> torch.Tensor:

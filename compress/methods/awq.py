@@ -31,7 +31,7 @@ import torch
 
 from compress.errors import CompressError
 from compress.methods._pack import quantize
-from compress.methods._quantizer import Grid, check_grid, check_groups, fit, fit_range, ranges, round_to
+from compress.methods._quantizer import Grid, check_grid, check_groups, fit, fit_range, pick_least, ranges, round_to
 from compress.stats import InputStats
 from compress.types import Block, Collect, Packed, Result, Runner, Scaling, Stat
 
@@ -301,16 +301,14 @@ def clip(W: torch.Tensor, gram: torch.Tensor, grid: Grid, steps: int) -> tuple[t
         v = w.view(len(w), G, g)
         lo, hi = v.amin(-1), v.amax(-1)
         most = torch.maximum(hi, -lo)
-        scale, zero = fit_range(lo, hi, grid)
-        least = torch.full_like(most, torch.inf)
-        for i in range(steps):
-            m = most * (1 - i / 20)
-            for s, z in ranges(torch.maximum(lo, -m), torch.minimum(hi, m), grid):
-                delta = round_to(v, s, z, grid).sub_(v).transpose(0, 1)
-                error = (torch.bmm(delta, gram) * delta).sum(-1).T
-                better = error < least
-                least = torch.where(better, error, least)
-                scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
+
+        def loss(s: torch.Tensor, z: torch.Tensor, v: torch.Tensor = v) -> torch.Tensor:
+            delta = round_to(v, s, z, grid).sub_(v).transpose(0, 1)
+            return (torch.bmm(delta, gram) * delta).sum(-1).T
+
+        bounds = (most * (1 - i / 20) for i in range(steps))
+        tried = (found for m in bounds for found in ranges(torch.maximum(lo, -m), torch.minimum(hi, m), grid))
+        scale, zero = pick_least(fit_range(lo, hi, grid), tried, loss)
         scales.append(scale)
         zeros.append(zero)
     return torch.cat(scales), torch.cat(zeros)

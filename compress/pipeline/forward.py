@@ -259,8 +259,11 @@ class Forward:
             x = self.states[b].to(walk.device)
             run = functools.partial(walk.skeleton.run, index, params, x)
             view = Tokens(walk.skeleton.blocks[index], run, x, ids.to(walk.device))
-            out.append(walk.method.token_weights(view, walk.config))
-        return [] if out[0] is None else out
+            weights = walk.method.token_weights(view, walk.config)
+            if weights is None:
+                return []
+            out.append(weights)
+        return out
 
     def _stage(self, block: Block, params: Tensors) -> Result:
         """Statistics of the block as `params` make it, and the method's answer for the linears of `block`."""
