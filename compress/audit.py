@@ -13,7 +13,6 @@ from compress import registry
 from compress.checkpoint import dtypes, manifest, source
 from compress.checkpoint.reader import CheckpointReader, read_json
 from compress.errors import CompressError
-from compress.formats import int_grouped
 from compress.formats._where import loads
 from compress.models import rotate
 from compress.models.skeleton import Skeleton, load_config
@@ -38,6 +37,7 @@ class Description:
     mean_error: float
     where: list[tuple[str, str]]
     search: list[dict[str, Any]]
+    widths: dict[str, dict[int, int]]  # last part of a linear's name -> bits -> how many linears, where bits differ
     report: dict[str, Any] | None
 
 
@@ -57,8 +57,18 @@ def describe(folder: Path) -> Description:
         known["source"]["name"], known["method"], known["format"], known["config"], len(linears),
         sum(e["bits"] * weights[n] for n, e in linears.items()) / compressed, 8 * stored / (compressed + dense), stored,
         known["source"].get("weight_bytes"), compressed + dense, errors[:5], sum(e for _, e in errors) / len(errors),
-        loads(read_json(folder / "config.json")), known["search"], read_json(report) if report.exists() else None,
+        loads(read_json(folder / "config.json")), known["search"], _widths(linears), read_json(report) if report.exists() else None,
     )  # fmt: skip
+
+
+def _widths(linears: dict[str, dict[str, Any]]) -> dict[str, dict[int, int]]:
+    """How many linears of each name have which bits; empty where all are equal."""
+    out: dict[str, dict[int, int]] = {}
+    for name, entry in linears.items():
+        counts = out.setdefault(name.rsplit(".", 1)[-1], {})
+        bits = int(entry["params"]["bits"])
+        counts[bits] = counts.get(bits, 0) + 1
+    return out if len({bits for counts in out.values() for bits in counts}) > 1 else {}
 
 
 def verify(folder: Path) -> list[str]:
@@ -75,7 +85,8 @@ def verify(folder: Path) -> list[str]:
         if entry is None or entry["kind"] == "dense":
             expected[name] = (None, shape)
         else:
-            spec = registry.by_kind(entry["kind"]).spec(entry["params"], tuple(entry["shape"]), _scale_dtype(reader, name))
+            module, linear = registry.by_kind(entry["kind"]), name.removesuffix(".weight")
+            spec = module.spec(entry["params"], tuple(entry["shape"]), _float_dtype(reader, linear))
             expected |= {f"{name.removesuffix('.weight')}.{suffix}": want for suffix, want in spec.items()}
     derived = {n for n, _ in skeleton.model.named_buffers()}
     problems += [f"{n}: missing" for n in sorted(expected.keys() - set(reader.names) - derived)]
@@ -88,12 +99,18 @@ def verify(folder: Path) -> list[str]:
             problems.append(f"{name}: {reader.dtype(name)} {reader.shape(name)}, its format asks for {dtype or 'any dtype'} {want}")
         elif reader.dtype(name) in dtypes.FLOATS and not all(dtypes.finite(p) for p in reader.chunks(name)):
             problems.append(f"{name}: holds NaN or Inf")
+    if not problems:
+        for linear, entry in known["linears"].items():
+            module = registry.by_kind(entry["kind"])
+            if hasattr(module, "problems"):
+                problems += [f"{linear}: {why}" for why in module.problems(_packed(reader, linear, entry))]
     return problems
 
 
-def _scale_dtype(reader: CheckpointReader, weight: str) -> str:
-    name = weight.removesuffix("weight") + "weight_scale"
-    return reader.dtype(name) if name in reader else "F16"
+def _float_dtype(reader: CheckpointReader, linear: str) -> str:
+    """safetensors dtype of a compressed linear's float tensors."""
+    found = (reader.dtype(n) for n in reader.names if n.startswith(f"{linear}.") and not n.endswith(".bias"))
+    return next((dtype for dtype in found if dtype in dtypes.FLOATS), "F16")
 
 
 def _skeleton(folder: Path) -> Skeleton:
@@ -103,15 +120,18 @@ def _skeleton(folder: Path) -> Skeleton:
 
 def unpack(reader: CheckpointReader, name: str, entry: dict[str, Any], transposed: bool = False) -> torch.Tensor:
     """The dense weight (O, I) of one linear of an artifact, fp32; `transposed` where the model stores (I, O)."""
-    module = registry.by_kind(entry["kind"])
-    shape = (int(entry["shape"][0]), int(entry["shape"][1]))
     if entry["kind"] == "dense":
         W = reader.read(f"{name}.weight").float()
         return W.T.contiguous() if transposed else W
-    suffixes = module.spec(entry["params"], shape, "F16")
-    packed = Packed(entry["kind"], entry["version"], entry["params"], {s: reader.read(f"{name}.{s}") for s in suffixes}, shape)
-    dense: torch.Tensor = (int_grouped if entry["kind"] == "int_grouped" else module).dequantize(packed)
+    dense: torch.Tensor = registry.by_kind(entry["kind"]).dequantize(_packed(reader, name, entry))
     return dense
+
+
+def _packed(reader: CheckpointReader, name: str, entry: dict[str, Any]) -> Packed:
+    """One compressed linear of an artifact."""
+    shape = (int(entry["shape"][0]), int(entry["shape"][1]))
+    suffixes = registry.by_kind(entry["kind"]).spec(entry["params"], shape, "F16")
+    return Packed(entry["kind"], entry["version"], entry["params"], {s: reader.read(f"{name}.{s}") for s in suffixes}, shape)
 
 
 def verify_deep(folder: Path, model: str | Path) -> list[str]:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,15 +17,19 @@ import torch
 
 from compress import calibration, devices, registry
 from compress.checkpoint import manifest, source
-from compress.checkpoint.writer import MAX_SHARD, CheckpointWriter, disk_errors, plan_shards
+from compress.checkpoint.writer import MAX_SHARD, CheckpointWriter, Shard, disk_errors, plan_shards
 from compress.errors import CompressError, nearest
 from compress.models import rotate
 from compress.models.skeleton import Skeleton, load_config
 from compress.models.view import CheckpointView
 from compress.pipeline import artifact, layout
+from compress.pipeline.blocks import Blocks
+from compress.pipeline.choices import WIDTH_SAMPLES, Choices, Widths, decide, reducers
 from compress.pipeline.estimate import Estimate, estimate, on_disk
-from compress.pipeline.forward import Forward, Progress, Walk
+from compress.pipeline.forward import Forward, Walk
 from compress.pipeline.resume import WorkDir, fingerprint, may_replace, tidy
+from compress.pipeline.reverse import Reverse
+from compress.types import Progress
 
 logger = logging.getLogger(__name__)
 TOOL = "llm-compress"
@@ -64,6 +68,19 @@ class Job:
     nsamples: int
     seqlen: int | None
     max_shard: int
+    format: str
+    ignore: tuple[str, ...]
+    widths: Widths
+
+    def planned(self, choices: Choices) -> Job:
+        """The same job with format params that its linears were given."""
+        plan = layout.make(self.skeleton, self.view, self.config, self.format, self.ignore, choices)
+        return dataclasses.replace(self, layout=plan)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the job reads calibration text."""
+        return bool(self.method.CALIBRATED) or self.widths.target is not None
 
     @property
     def expand(self) -> int:
@@ -83,6 +100,7 @@ def make_config(method: ModuleType, options: dict[str, Any]) -> Any:
 def prepare(
     model: str | Path, method: str, *, format: str, ignore: tuple[str, ...], device: str, batch_size: int | None,
     nsamples: int, seqlen: int | None, max_shard: int, trust_remote_code: bool, options: dict[str, Any],
+    layer_config: Sequence[str] = (), target_bpw: float | None = None,
 ) -> Job:  # fmt: skip
     """Check every option against the checkpoint's headers."""
     module = registry.load("methods", method)
@@ -91,18 +109,21 @@ def prepare(
     hf_config = load_config(folder, trust_remote_code)
     rotation = module.transform(config) if hasattr(module, "transform") else None
     skeleton, view = rotate.open_model(folder, hf_config, rotation, trust_remote_code)
+    widths = Widths(tuple(layer_config), target_bpw)
     plan = layout.make(skeleton, view, config, format, ignore)
     device = devices.pick(device)
     half = device != "cpu" and all(t.dtype == "BF16" for t in plan.targets.values())
-    length = calibration.pick_seqlen(seqlen, hf_config) if module.CALIBRATED else seqlen
+    length = calibration.pick_seqlen(seqlen, hf_config) if module.CALIBRATED or target_bpw is not None else seqlen
     if batch_size is not None and batch_size < 1:
         raise CompressError(f"--batch-size {batch_size} is not a number of windows", hint="use 1 or more", usage=True)
     batch = batch_size or max(1, _BATCH_TOKENS // (length or _BATCH_TOKENS))
     name = folder.resolve().name if Path(model).is_dir() else str(model).rsplit("/", 1)[-1]
-    return Job(
+    job = Job(
         folder, name, method.replace("-", "_").lower(), module, config, skeleton, view, plan, device,
-        torch.bfloat16 if half else torch.float32, batch, nsamples, length, max_shard,
+        torch.bfloat16 if half else torch.float32, batch, nsamples, length, max_shard, format, ignore, widths,
     )  # fmt: skip
+    widths.check(plan)
+    return job.planned(widths.guess(plan))
 
 
 def versions() -> dict[str, str]:
@@ -123,6 +144,8 @@ def quantize(
     device: str = "auto",
     format: str = "pack-quantized",
     ignore: tuple[str, ...] | list[str] = (),
+    layer_config: tuple[str, ...] | list[str] = (),
+    target_bpw: float | None = None,
     states: str = "auto",
     work_dir: str | Path | None = None,
     resume: bool = True,
@@ -133,17 +156,20 @@ def quantize(
 ) -> Report:
     """Quantize a Hugging Face checkpoint into the folder `out` with a method of `compress methods`.
 
-    `config` are the method's options (`bits`, `group_size`, …). An unfinished run of the same job is continued unless
+    `config` are the method's options (`bits`, `group_size`, …). `layer_config` gives linears widths of their own
+    ("re:.*down_proj=8"); `target_bpw` chooses those of the others from 2, 3, 4 and 8 bits, so that all linears take at most so many
+    bits per weight and the measured loss is least. An unfinished run of the same job is continued unless
     `resume=False`; the artifact appears under `out` by one rename, when it is whole.
     """
     began = time.monotonic()
     job = prepare(
         model, method, format=format, ignore=tuple(ignore), device=device, batch_size=batch_size, nsamples=nsamples, seqlen=seqlen,
-        max_shard=max_shard_size, trust_remote_code=trust_remote_code, options=config,
+        max_shard=max_shard_size, trust_remote_code=trust_remote_code, options=config, layer_config=layer_config,
+        target_bpw=target_bpw,
     )  # fmt: skip
     if states not in ("auto", "ram", "disk"):
         raise CompressError(f"--states {states!r} is unknown", hint="use auto, ram or disk", usage=True)
-    calib = _calibrate(job, dataset, seed, trust_remote_code) if job.method.CALIBRATED else None
+    calib = _calibrate(job, dataset, seed, trust_remote_code) if job.needs_text else None
     facts = _facts(job, calib, seed)
     mark = fingerprint({**facts, "format": format, "batch": job.batch_size, "device": job.device.split(":")[0],
                         "ignore": list(ignore), "shard": job.max_shard})  # fmt: skip
@@ -154,50 +180,77 @@ def quantize(
             tidy(work_path)
         logger.info("%s is already there, made by the same job (--restart makes it again)", out)
         return _report(job, out, began, resumed=True)
-    count = calib.tokens.numel() * job.expand if calib is not None else 0
-    disk = on_disk(states, count, job.skeleton.config.get_text_config().hidden_size, job.dtype)
     work = WorkDir(work_path, mark, restart=not resume)
     resumed = work.done > 0
     try:
-        _walk(job, calib, work, disk, progress)
-        artifact.write_companions(
-            job.folder, work.artifact, job.layout, job.config.params(), job.skeleton, job.method_name, job.name, job.view.untied
-        )
-        records = {"linears": work.state["linears"], "search": work.state["search"]}
-        artifact.write_manifest(work.artifact, {**facts, "job": mark, "format": format, **records})
+        _check_space(work, plan_shards(job.layout.plan, job.max_shard))
+        job, located = _decide(job, calib, work, states, progress)
+        _walk(job, calib, work, states, progress, located)
+        _finish(job, work, {**facts, "job": mark, "format": format})
         work.publish(out, keep=work_dir is not None, replace=replace)
     finally:
         work.close()
     return _report(job, out, began, resumed)
 
 
+def _decide(
+    job: Job, calib: calibration.Calibration | None, work: WorkDir, states: str, progress: Callable[[Progress], None] | None
+) -> tuple[Job, Reverse | None]:  # fmt: skip
+    """The reverse walk, where the method or the widths ask for gradients, and the layout that follows from it."""
+    makers = reducers(job.method, job.config, job.layout, job.widths)
+    if not makers:
+        return job, None
+    assert calib is not None
+    tokens = calib.tokens[: getattr(job.config, "samples", WIDTH_SAMPLES)]
+    blocks = Blocks(job.skeleton, job.view, job.device, job.dtype)
+    kept = tokens.numel() * (len(blocks) + 1) // 3  # `on_disk` counts three copies
+    disk = on_disk(states, kept, job.skeleton.config.get_text_config().hidden_size, job.dtype)
+    walk = Reverse(blocks, job.layout, tokens, makers, work.path / "reverse", work.path if disk else None, progress)
+    walk.run()
+    return job.planned(decide(walk, job.method, job.config, job.widths)), walk
+
+
 def _walk(
-    job: Job, calib: calibration.Calibration | None, work: WorkDir, disk: bool, progress: Callable[[Progress], None] | None
-) -> None:
+    job: Job, calib: calibration.Calibration | None, work: WorkDir, states: str, progress: Callable[[Progress], None] | None,
+    located: Reverse | None,
+) -> None:  # fmt: skip
     """Compress every block and finish the shards."""
     writer = CheckpointWriter(work.artifact, job.layout.plan, job.max_shard)
     writer.open(fresh=work.done == 0)
-    _check_space(work, writer)
-    tokens = calibration.expand(calib.tokens, job.expand) if calib is not None else None
+    observes = job.method.observes(job.config) if hasattr(job.method, "observes") else job.method.CALIBRATED
+    tokens = calibration.expand(calib.tokens, job.expand) if calib is not None and observes else None
+    width = job.skeleton.config.get_text_config().hidden_size
+    disk = on_disk(states, tokens.numel() if tokens is not None else 0, width, job.dtype)
     walk = Walk(
-        job.skeleton, job.view, job.layout, job.method, job.config, tokens, job.batch_size, job.device, job.dtype, disk, progress
+        job.skeleton, job.view, job.layout, job.method, job.config, tokens, job.batch_size, job.device, job.dtype, disk, progress,
+        None if located is None else located.result,
     )  # fmt: skip
     Forward(walk, writer, work).run()
     writer.finish()
 
 
+def _finish(job: Job, work: WorkDir, facts: dict[str, Any]) -> None:
+    """Everything beside the shards, the manifest last."""
+    artifact.write_companions(
+        job.folder, work.artifact, job.layout, job.skeleton, job.method_name, job.name, job.view.untied
+    )  # fmt: skip
+    artifact.write_manifest(work.artifact, {**facts, "linears": work.state["linears"], "search": work.state["search"]})
+
+
 def dry_run(
     model: str | Path, method: str, *, nsamples: int = 128, seqlen: int | None = None, batch_size: int | None = None,
     device: str = "auto", format: str = "pack-quantized", ignore: tuple[str, ...] | list[str] = (), states: str = "auto",
-    max_shard_size: int = MAX_SHARD, trust_remote_code: bool = False, **config: Any,
+    max_shard_size: int = MAX_SHARD, trust_remote_code: bool = False, layer_config: tuple[str, ...] | list[str] = (),
+    target_bpw: float | None = None, **config: Any,
 ) -> Estimate:  # fmt: skip
     """Predict an artifact's size, the peak memory and the time from headers alone; reads no weight."""
     job = prepare(
         model, method, format=format, ignore=tuple(ignore), device=device, batch_size=batch_size, nsamples=nsamples, seqlen=seqlen,
-        max_shard=max_shard_size, trust_remote_code=trust_remote_code, options=config,
+        max_shard=max_shard_size, trust_remote_code=trust_remote_code, options=config, layer_config=layer_config,
+        target_bpw=target_bpw,
     )  # fmt: skip
     size = sum(s.size for s in plan_shards(job.layout.plan, job.max_shard))
-    tokens = job.nsamples * job.expand * (job.seqlen or 0) if job.method.CALIBRATED else 0
+    tokens = job.nsamples * job.expand * (job.seqlen or 0) if job.needs_text else 0
     windows = (tokens, job.batch_size, job.seqlen or 0)
     return estimate(job.skeleton, job.view, job.layout, job.method, job.config, size, *windows, job.dtype, states)
 
@@ -225,6 +278,7 @@ def _facts(job: Job, calib: calibration.Calibration | None, seed: int | None) ->
         "calibration_sha256": calib.sha256 if calib is not None else None,
         "versions": versions(),
         "extra": job.view.extra,
+        **job.widths.record(),
     }
 
 
@@ -269,9 +323,9 @@ def _already_done(out: Path, mark: str, restart: bool, replace: bool) -> bool:
     return True
 
 
-def _check_space(work: WorkDir, writer: CheckpointWriter) -> None:
+def _check_space(work: WorkDir, shards: list[Shard]) -> None:
     """Refuse to start what cannot be finished: hours are cheaper before than after."""
-    need = sum(s.size for s in writer.shards)
+    need = sum(s.size for s in shards)
     have = sum(p.stat().st_blocks * 512 for p in work.artifact.iterdir() if p.is_file())
     free = shutil.disk_usage(work.path).free
     if need - have > free:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from compress.checkpoint import dtypes, manifest, source
 from compress.checkpoint.reader import CheckpointReader, read_json
 from compress.errors import CompressError
 from compress.formats import awq
+from compress.models.auto import auto_class, spelling
 from compress.models.skeleton import load_config
 from compress.modules import CompressedLinear, linear_shape, place, prepare
 from compress.types import Packed, TensorSpec
@@ -43,7 +44,7 @@ def load(
     device_map: str | Mapping[str, Any] | None = None,
     task: str | None = None,
 ) -> PreTrainedModel:
-    """The causal language model in a folder (or of a hub id), in eval mode; a dense folder gives the ordinary model.
+    """The language or vision-language model in a folder (or of a hub id), in eval mode; a dense folder gives the ordinary model.
 
     `device` "auto" is cuda where there is one, else the CPU. `dtype` defaults to the checkpoint's; on a CPU fp16
     becomes bf16, or fp32 with `exact`, which keeps to kernels equal to the reference. `device_map` ("auto" or a
@@ -60,7 +61,7 @@ def load(
     with _transformers_errors(folder):
         chosen = _dtype(dtype, config, torch.device(device), bool(exact))
         if settings is None:
-            return _load_dense(folder, chosen, device_map or {"": device})
+            return _load_dense(folder, config, chosen, device_map or {"": device})
         model = _empty(config, chosen)
     _load_compressed(model, reader, settings, torch.device("cpu" if device_map else device))
     if device_map is not None:
@@ -86,7 +87,7 @@ def _dtype(wanted: torch.dtype | str | None, config: Any, device: torch.device, 
         if not isinstance(found, torch.dtype) or not found.is_floating_point:
             raise CompressError(f"unknown dtype {wanted!r}", hint="use float32, bfloat16 or float16", usage=True)
         return found
-    own: torch.dtype = config.dtype or torch.float32
+    own: torch.dtype = config.dtype or config.get_text_config().dtype or torch.float32
     if own == torch.float16 and device.type == "cpu":
         return torch.float32 if exact else torch.bfloat16
     return own
@@ -95,17 +96,14 @@ def _dtype(wanted: torch.dtype | str | None, config: Any, device: torch.device, 
 def _empty(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model on meta, with real buffers (rotary frequencies are in no checkpoint)."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
 
 
-def _load_dense(folder: Path, dtype: torch.dtype, device_map: Any) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
+def _load_dense(folder: Path, config: PretrainedConfig, dtype: torch.dtype, device_map: Any) -> PreTrainedModel:
     options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map, **options)
+    model, info = auto_class(config).from_pretrained(folder, dtype=dtype, device_map=device_map, **options)
     if info["missing_keys"]:
         raise CompressError(f"{folder}: tensor {min(info['missing_keys'])} is missing", hint=_INCOMPLETE)
     return model.eval()
@@ -156,14 +154,11 @@ class _Linear:
 
 
 class _Tensors:
-    """The tensors of a folder under the model's names; they differ where only the trunk was saved (GPT-2's `h.0.…`)."""
+    """The tensors of a folder under the model's names, however the folder spells them."""
 
     def __init__(self, model: PreTrainedModel, reader: CheckpointReader) -> None:
-        prefix = f"{model.base_model_prefix}."
-        outside = tuple(f"{name}." for name, _ in model.named_children())
-        bare = not any(name.startswith(prefix) for name in reader.names)
         self._reader = reader
-        self._stored = {prefix + n if bare and not n.startswith(outside) else n: n for n in reader.names}
+        self._stored = {name: stored for stored, name in spelling(model, reader.names).items()}
         self.names = self._stored.keys()
 
     def spec(self, name: str) -> TensorSpec:
@@ -238,8 +233,14 @@ def _plan(model: PreTrainedModel, tensors: _Tensors, settings: Mapping[str, Any]
         shape, suffixes = linear_shape(module), own.get(name, set()) - {"bias"}
         if shape is not None and suffixes and "weight" not in suffixes:
             found = {suffix: tensors.spec(f"{name}.{suffix}") for suffix in suffixes}
-            plan[name] = _check(name, _scheme(name, module, schemes), shape, found)
+            plan[name] = _check(name, _completed(_scheme(name, module, schemes), found), shape, found)
     return plan
+
+
+def _completed(scheme: _Scheme, found: Mapping[str, TensorSpec]) -> _Scheme:
+    """The scheme with the params that only a linear's own tensors tell."""
+    module = registry.by_kind(scheme.kind)
+    return replace(scheme, params=module.complete(scheme.params, found)) if hasattr(module, "complete") else scheme
 
 
 def _check(name: str, scheme: _Scheme, shape: tuple[int, int], found: Mapping[str, TensorSpec]) -> _Linear:
@@ -347,7 +348,7 @@ def _guarded(settings: Any) -> bool:
 
 
 def register() -> None:
-    """Teach `AutoModelForCausalLM.from_pretrained` our guarded artifacts; everything else goes the stock way."""
+    """Teach transformers' `from_pretrained` our guarded artifacts; everything else goes the stock way."""
     from transformers.quantizers import auto
     from transformers.quantizers.base import HfQuantizer
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from compress import registry
 from compress.checkpoint import dtypes
+from compress.errors import CompressError
 from compress.types import Packed
 
 
@@ -110,6 +111,9 @@ def place(model: nn.Module, name: str, value: nn.Module | torch.Tensor) -> None:
 
 def prepare(model: nn.Module, exact: bool) -> None:
     """Prepare every compressed linear of a model whose tensors are in place."""
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, CompressedLinear):
-            module.prepare(exact)
+            try:
+                module.prepare(exact)
+            except ValueError as error:
+                raise CompressError(f"{name}: {error}", hint="the artifact is damaged: copy it again") from error

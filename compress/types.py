@@ -42,6 +42,8 @@ class Block:
     groups: tuple[tuple[str, ...], ...]  # linears that read the same input
     producers: tuple[Scaling, ...] = ()
     no_clip: frozenset[str] = frozenset()  # linears whose outputs are multiplied together (q, k): clipping them is unsafe
+    params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of each linear's format, where the layout decided them
+    gradient: Mapping[str, torch.Tensor] = field(default_factory=dict)  # what the method's reducer kept of the reverse walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,31 @@ class Result:
         return Result(
             {**self.packed, **other.packed}, {**self.tensors, **other.tensors}, {**self.errors, **other.errors}, record
         )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What one finished block looks like to whoever watches."""
+
+    block: int
+    blocks: int
+    seconds: float
+    left: float  # seconds, from the blocks done in this run
+    rss: int  # bytes
+    error: float | None = None  # mean relative weight error of the block's linears; None in the reverse walk
+    bits: float | None = None  # stored bits per weight
+
+
+class Reducer(Protocol):
+    """Makes of one block's gradients what shall be kept of them, so that they never lie side by side."""
+
+    def add(self, name: str, x: torch.Tensor, dy: torch.Tensor) -> None:
+        """One linear in one sample: inputs x (T, I) and dL/dy (T, O); the weight's gradient is dyᵀ x."""
+        ...
+
+    def result(self) -> dict[str, torch.Tensor]:
+        """Asked once, after the last sample; the keys are the method's own."""
+        ...
 
 
 class Runner(Protocol):

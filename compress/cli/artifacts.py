@@ -32,6 +32,8 @@ def inspect_artifact(
     print(f"{artifact}: {d.name}, {d.method}, format {d.format}")
     print(f"  settings   {changed}")
     print(f"  linears    {d.linears} at {d.bits_linears:.3f} bits per weight")
+    for part, counts in d.widths.items():
+        print(f"               {part}: " + ", ".join(f"{n} at {bits} bits" for bits, n in sorted(counts.items())))
     print(
         f"  model      {d.parameters / 1e6:.1f}M parameters at {d.bits_model:.3f} bits per weight with embeddings, {size(d.bytes)}"
     )

@@ -33,6 +33,14 @@ _COMMON: dict[str, tuple[Any, Any]] = {
     "device": (Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")], "auto"),
     "format": (Annotated[str, typer.Option(help="pack-quantized, awq (4-bit gemm, for vLLM) or dense.")], "pack-quantized"),
     "ignore": (Annotated[list[str] | None, typer.Option(help="Leave a linear dense: full name or 're:…'; may be repeated.")], None),
+    "layer_config": (
+        Annotated[list[str] | None, typer.Option(help="Bits of a linear's own: NAME=BITS or 're:…=BITS'; may be repeated.")],
+        None,
+    ),
+    "target_bpw": (
+        Annotated[float | None, typer.Option(help="Choose each linear's bits: least loss within so many bits per weight.")],
+        None,
+    ),
     "states": (Annotated[str, typer.Option(help="Calibration states in ram or on disk; auto: disk above 4 GiB.")], "auto"),
     "work_dir": (Annotated[Path | None, typer.Option(help="Work folder, kept with report.jsonl; default OUT.partial.")], None),
     "restart": (Annotated[bool, typer.Option("--restart", help="Discard unfinished work or an older result.")], False),
@@ -102,7 +110,8 @@ def _quantize(common: dict[str, Any], options: dict[str, Any]) -> None:
     log.configure(common.pop("debug"))
     as_json, dry, out = common.pop("json"), common.pop("dry_run"), common.pop("out")
     common["max_shard_size"] = parse_size(common["max_shard_size"])
-    common["ignore"] = tuple(common["ignore"] or ())
+    for name in ("ignore", "layer_config"):
+        common[name] = tuple(common[name] or ())
     model, method = common.pop("model"), common.pop("method")
     resume = not common.pop("restart")
     if dry:
@@ -132,9 +141,8 @@ def size(count: int) -> str:
 
 def _progress(p: Any) -> None:
     left = f"{p.left / 60:.1f} min left" if p.left >= 90 else f"{p.left:.0f} s left"
-    line = (
-        f"block {p.block + 1:3d}/{p.blocks}  error {p.error:.4f}  {p.bits:.2f} bits  {p.seconds:5.1f} s  {left}  rss {size(p.rss)}"
-    )
+    what = "gradients" if p.error is None else f"error {p.error:.4f}  {p.bits:.2f} bits"
+    line = f"block {p.block + 1:3d}/{p.blocks}  {what}  {p.seconds:5.1f} s  {left}  rss {size(p.rss)}"
     print(line, file=sys.stderr, flush=True)
 
 

@@ -14,8 +14,9 @@ Optional MSE clip search as IST-DASLab/gptq `quant.py`: 80 shrinks of the range,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -41,6 +42,10 @@ class Grid:
     def levels(self) -> int:
         """Largest code, 2^bits - 1."""
         return (1 << self.bits) - 1
+
+    def at(self, params: Mapping[str, Any] | None) -> Grid:
+        """This grid at the width of a linear's format params, where the layout decided them."""
+        return self if params is None else replace(self, bits=int(params["bits"]))
 
     def size(self, inputs: int) -> int:
         """Channels per group for a linear of `inputs` channels."""
@@ -144,12 +149,13 @@ def pick_least(
 
 
 def fit_weighted(W: torch.Tensor, weight: torch.Tensor, grid: Grid, steps: int = 14) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale, zero), fp32 (O, G), that minimise sum_c weight_c (Q(w_c) - w_c)^2 per row and group of W (O, I), weight (I,) > 0.
+    """(scale, zero), fp32 (O, G), that minimise sum_c weight_c (Q(w_c) - w_c)^2 per row and group of W (O, I).
 
-    The range is shrunk to p of itself, p = 1, 0.95 …; asymmetric grids try the zero-point's both roundings.
+    `weight` >= 0 is (I,) or (O, I). The range is shrunk to p of itself, p = 1, 0.95 …; asymmetric grids try the zero-point's
+    both roundings.
     """
     v = W.view(W.shape[0], -1, grid.size(W.shape[1]))
-    h = weight.view(v.shape[1:])
+    h = weight.view(v.shape if weight.dim() == 2 else v.shape[1:])
     lo, hi = v.amin(-1), v.amax(-1)
     shrunk = (1 - i / 20 for i in range(steps))
     return pick_least(

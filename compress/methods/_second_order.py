@@ -42,8 +42,8 @@ class SecondOrder:
         """Refuse a linear (O, I) that this configuration cannot hold."""
         check_groups(name, shape[1], self.group_size)
 
-    def params(self) -> dict[str, Any]:
-        """Format parameters, the same for every linear."""
+    def params(self, shape: tuple[int, int]) -> dict[str, Any]:
+        """Format parameters of a linear (O, I)."""
         return {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
 
 
@@ -83,18 +83,25 @@ def compress(
     errors: dict[str, float] = {}
     record: list[dict[str, Any]] = []
     for group in block.groups:
-        names = [n for n in group if n in block.weights]
-        if not names:
-            continue
-        W = torch.cat([block.weights[n].float() for n in names])
-        H = stats[names[0]].hessian()
-        solved, facts = _solvers.second_order(
-            W, H, grid, damp=config.damp, act_order=config.act_order, clip=config.clip, name=names[0]
-        )
-        record.append({"linears": names, **facts})
-        start = 0
-        for n in names:
-            rows = slice(start, start + block.weights[n].shape[0])
-            start = rows.stop
-            packed[n], errors[n] = pack_codes(W[rows], solved.q[rows], solved.scale[rows], solved.zero[rows], grid)
+        for own, names in by_width(block, group, grid).items():
+            W = torch.cat([block.weights[n].float() for n in names])
+            H = stats[names[0]].hessian()
+            solved, facts = _solvers.second_order(
+                W, H, own, damp=config.damp, act_order=config.act_order, clip=config.clip, name=names[0]
+            )
+            record.append({"linears": names, **facts})
+            start = 0
+            for n in names:
+                rows = slice(start, start + block.weights[n].shape[0])
+                start = rows.stop
+                packed[n], errors[n] = pack_codes(W[rows], solved.q[rows], solved.scale[rows], solved.zero[rows], own)
     return Result(packed, {}, errors, {"hessian": record})
+
+
+def by_width(block: Block, group: tuple[str, ...], grid: Grid) -> dict[Grid, list[str]]:
+    """The linears of a group that are to be compressed, by their grid."""
+    found: dict[Grid, list[str]] = {}
+    for n in group:
+        if n in block.weights:
+            found.setdefault(grid.at(block.params.get(n)), []).append(n)
+    return found

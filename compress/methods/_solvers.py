@@ -37,6 +37,11 @@ class Factor:
     damp: float  # share of the mean diagonal that was added
     dead: torch.Tensor  # (I,) bool: inputs that were always 0
 
+    def cost(self) -> torch.Tensor:
+        """What a squared error in each column of W costs after compensation, 1/U_cc², (I,)."""
+        cost = self.U.diagonal().square().reciprocal()
+        return cost if self.order is None else torch.empty_like(cost).index_copy_(0, self.order, cost)
+
 
 @dataclass(frozen=True, slots=True)
 class Solved:
@@ -45,10 +50,19 @@ class Solved:
     q: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor
+    value: torch.Tensor | None = None  # (O, I) fp32: weights that are kept as they are, 0 elsewhere and where q is the zero-point
 
     @property
-    def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.q, self.scale, self.zero
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        return (self.q, self.scale, self.zero, *(() if self.value is None else (self.value,)))
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Weights that are not rounded to the grid but stored as they are, in a 16-bit dtype."""
+
+    mask: torch.Tensor  # (O, I) bool
+    dtype: torch.dtype
 
 
 def invert_upper(R: torch.Tensor) -> torch.Tensor:
@@ -100,27 +114,28 @@ def factorize(H: torch.Tensor, damp: float, act_order: str = "off", group: int =
     )
 
 
-def solve(W: torch.Tensor, factor: Factor, grid: Grid, fitter: Fitter, static: bool = False) -> Solved:
-    """Round W (O, I) fp32 to the grid, column by column. `static` fits every group before the first column is rounded.
+def solve(
+    W: torch.Tensor, factor: Factor, grid: Grid, fitter: Fitter | None = None,
+    fixed: tuple[torch.Tensor, torch.Tensor] | None = None, kept: Kept | None = None,
+) -> Solved:  # fmt: skip
+    """Round W (O, I) fp32 to the grid, column by column, each group's (scale, zero) by `fitter`, or all of them `fixed` (O, G).
 
     `fitter` chooses (scale, zero) of a group from its current weights and from what an error costs after compensation, 1/U_cc².
+    Weights in `kept` are only rounded to its dtype, as compensated so far.
     """
     O, I = W.shape
     g = grid.size(I)
     W = W.masked_fill(factor.dead, 0.0)
     order = factor.order
-    fixed = None
-    cost = factor.U.diagonal().square().reciprocal()
-    if static:
-        fixed = fitter(W.contiguous(), cost if order is None else torch.empty_like(cost).index_copy_(0, order, cost), grid)
     V = (W if order is None else W[:, order]).T.contiguous()  # (I, O): a column of W is contiguous
+    keep = None if kept is None else (kept.mask if order is None else kept.mask[:, order]).T.contiguous()
     where = torch.arange(I, device=W.device) if order is None else order
     scale, zero = (torch.empty(I // g, O, device=W.device) for _ in range(2))
     if fixed is not None:
         scale, zero = fixed[0].T.contiguous(), fixed[1].T.contiguous()
     group_of = (where // g).tolist()
-    step = _BLOCK if g >= I or static else g * max(1, _BLOCK // g)
-    U, diagonal = factor.U, factor.U.diagonal().tolist()
+    step = _BLOCK if g >= I or fixed is not None else g * max(1, _BLOCK // g)
+    U, diagonal, cost = factor.U, factor.U.diagonal().tolist(), factor.U.diagonal().square().reciprocal()
     q = torch.empty(I, O, dtype=torch.uint8, device=W.device)
     row = replace(grid, group_size=-1)
     for start in range(0, I, step):
@@ -129,31 +144,50 @@ def solve(W: torch.Tensor, factor: Factor, grid: Grid, fitter: Fitter, static: b
         for c in range(start, end):
             k = group_of[c]
             if fixed is None and c % g == 0:
+                assert fitter is not None
                 s, z = fitter(V[c : c + g].T.contiguous(), cost[c : c + g], row)
                 scale[k], zero[k] = s[:, 0], z[:, 0]
             w, s, z = V[c], scale[k], zero[k]
             code = (w / s).round_().add_(z).clamp_(0, grid.levels)
+            if keep is not None:
+                code = torch.where(keep[c], z, code)
             q[c] = code
             e = E[c - start]
             torch.sub(w, code.sub_(z).mul_(s), out=e)
+            if keep is not None and kept is not None:
+                e.copy_(torch.where(keep[c], w - w.to(kept.dtype).to(w), e))
             e.div_(diagonal[c])
             V[c + 1 : end].addr_(U[c, c + 1 : end], e, alpha=-1)
         V[end:].addmm_(U[start:end, end:].T, E, alpha=-1)
+    value = None if keep is None or kept is None else V.to(kept.dtype).to(V).mul_(keep)
     if order is not None:
         q = torch.empty_like(q).index_copy_(0, order, q)
-    return Solved(q.T.contiguous(), scale.T.contiguous(), zero.T.contiguous())
+        value = None if value is None else torch.empty_like(value).index_copy_(0, order, value)
+    return Solved(
+        q.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), None if value is None else value.T.contiguous()
+    )  # fmt: skip
 
 
 def dequantize(solved: Solved) -> torch.Tensor:
     """W_hat (O, I), fp32."""
     O, G = solved.scale.shape
-    return decode(solved.q.view(O, G, -1).float(), solved.scale, solved.zero).view(O, -1)
+    W = decode(solved.q.view(O, G, -1).float(), solved.scale, solved.zero).view(O, -1)
+    return W if solved.value is None else W.add_(solved.value)
 
 
 def row_losses(W: torch.Tensor, solved: Solved, H: torch.Tensor) -> torch.Tensor:
     """d H dᵀ for every row d of W_hat - W, (O,)."""
     D = dequantize(solved).sub_(W)
     return (D @ H).mul_(D).sum(1)
+
+
+def better_rows(W: torch.Tensor, H: torch.Tensor, a: Solved, b: Solved) -> tuple[Solved, float, float]:
+    """Row by row the solution of less loss; the sum of its losses, and of those of `b`."""
+    ours, theirs = row_losses(W, a, H), row_losses(W, b, H)
+    better = (ours <= theirs).unsqueeze(1)
+    parts = (torch.where(better, x, y) for x, y in zip(a.parts, b.parts, strict=True))
+    least = torch.minimum(ours, theirs).sum(dtype=torch.float64)
+    return Solved(*parts), float(least), float(theirs.sum(dtype=torch.float64))
 
 
 def second_order(
@@ -165,18 +199,26 @@ def second_order(
     """
     fitter: Fitter = fit_weighted if clip == "hessian" else lambda v, _, grid: fit(v, grid)
     factor = factorize(H.clone(), damp, act_order, grid.group_size, name)
+    cost = factor.cost()
     parts, losses, plain = [], 0.0, 0.0
     for w in W.split(max(LEAST_ROWS, CHUNK // W.shape[1])):
-        solved = solve(w, factor, grid, fitter, static=act_order == "static")
+        fixed = fitter(w.masked_fill(factor.dead, 0.0), cost, grid) if act_order == "static" else None
+        solved = solve(w, factor, grid, fitter, fixed)
         nearest = fit(w, grid)
-        rtn = Solved(encode(w, *nearest, grid), *nearest)
-        ours, theirs = row_losses(w, solved, H), row_losses(w, rtn, H)
-        better = (ours <= theirs).unsqueeze(1)
-        parts.append(Solved(*(torch.where(better, a, b) for a, b in zip(solved.parts, rtn.parts, strict=True))))
-        losses += float(torch.minimum(ours, theirs).sum(dtype=torch.float64))
-        plain += float(theirs.sum(dtype=torch.float64))
-    record = {
+        best, loss, rtn = better_rows(w, H, solved, Solved(encode(w, *nearest, grid), *nearest))
+        parts.append(best)
+        losses, plain = losses + loss, plain + rtn
+    return join(parts), facts(factor, losses / len(W), plain / len(W))
+
+
+def join(parts: list[Solved]) -> Solved:
+    """Solutions of rows that follow each other."""
+    return Solved(*(torch.cat(column) for column in zip(*(p.parts for p in parts), strict=True)))
+
+
+def facts(factor: Factor, loss: float, rtn_loss: float) -> dict[str, Any]:
+    """A solution's line in the manifest; losses are means over the rows."""
+    return {
         "damp": float(f"{factor.damp:.6g}"), "dead": int(factor.dead.sum()),
-        "loss": float(f"{losses / len(W):.6g}"), "rtn_loss": float(f"{plain / len(W):.6g}"),
+        "loss": float(f"{loss:.6g}"), "rtn_loss": float(f"{rtn_loss:.6g}"),
     }  # fmt: skip
-    return Solved(*(torch.cat(column) for column in zip(*(p.parts for p in parts), strict=True))), record

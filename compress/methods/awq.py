@@ -80,8 +80,8 @@ class Config:
         """Refuse a linear (O, I) that this configuration cannot hold."""
         check_groups(name, shape[1], self.group_size)
 
-    def params(self) -> dict[str, Any]:
-        """Format parameters, the same for every linear."""
+    def params(self, shape: tuple[int, int]) -> dict[str, Any]:
+        """Format parameters of a linear (O, I)."""
         return {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
 
 
@@ -192,9 +192,9 @@ def losses(
         for c in mapping.consumers:
             if c in block.weights:
                 W = _weight(block, c) * candidate.s
-                clipped = clip_steps and c not in block.no_clip
-                fitted = clip(W, _gram(stats[c], candidate.s), grid, clip_steps) if clipped else fit(W, grid)
-                W_hat[c] = round_to(W.view(*fitted[0].shape, -1), *fitted, grid).view(W.shape).div_(candidate.s)
+                clipped, own = clip_steps and c not in block.no_clip, grid.at(block.params.get(c))
+                fitted = clip(W, _gram(stats[c], candidate.s), own, clip_steps) if clipped else fit(W, own)
+                W_hat[c] = round_to(W.view(*fitted[0].shape, -1), *fitted, own).view(W.shape).div_(candidate.s)
         if mapping.inspect in W_hat:
             W = _weight(block, mapping.inspect)
             out.append(stats[mapping.inspect].quadratic(W_hat[mapping.inspect] - W) / W.shape[0])
@@ -330,8 +330,8 @@ def compress(block: Block, stats: Mapping[str, InputStats], config: Config, run:
     packed: dict[str, Packed] = {}
     errors: dict[str, float] = {}
     for name in block.weights:
-        W, fitted = fold.weight(name), None
+        W, fitted, own = fold.weight(name), None, grid.at(block.params.get(name))
         if config.clip and name not in block.no_clip | left_alone:
-            fitted = clip(W, _gram(stats[name], fold.columns.get(name)), grid, config.clip_steps)
-        packed[name], errors[name] = quantize(W, grid, fitted)
+            fitted = clip(W, _gram(stats[name], fold.columns.get(name)), own, config.clip_steps)
+        packed[name], errors[name] = quantize(W, own, fitted)
     return Result(packed, fold.tensors(), errors, {"scales": [r for *_, r in found]})

@@ -39,8 +39,8 @@ class Config:
         """Refuse a linear (O, I) that this configuration cannot hold."""
         check_groups(name, shape[1], self.group_size)
 
-    def params(self) -> dict[str, Any]:
-        """Format parameters, the same for every linear."""
+    def params(self, shape: tuple[int, int]) -> dict[str, Any]:
+        """Format parameters of a linear (O, I)."""
         return {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
 
 
@@ -55,5 +55,5 @@ def compress(block: Block, stats: Mapping[str, Any], config: Config, run: Runner
         config.bits, config.group_size, config.symmetric, scale_dtype,
         sym_scale=config.sym_scale, mse_clip=config.mse_clip or config.quality,
     )  # fmt: skip
-    done = {name: quantize(W, grid) for name, W in block.weights.items()}
+    done = {name: quantize(W, grid.at(block.params.get(name))) for name, W in block.weights.items()}
     return Result({n: packed for n, (packed, _) in done.items()}, errors={n: error for n, (_, error) in done.items()})

@@ -9,7 +9,7 @@ Names are relative to the block.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from compress.types import Scaling
@@ -28,6 +28,7 @@ class Family:
     rotates: str = ""  # "residual": R1 and R2 (models.rotate); "values": R2 only; "": neither
     writers: tuple[str, ...] = ()  # linears whose output is added to the residual stream
     final_norm: str = "model.norm"
+    images: tuple[str, ...] | None = ()  # what makes the image embeddings; None: not known
 
 
 def heads(config: Any) -> tuple[int, int, int]:
@@ -127,7 +128,8 @@ _WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 
 FAMILIES: dict[str, Family] = {
     **{
-        m: Family("model.layers", _LLAMA_GROUPS, _llama, _QK, "residual", _WRITERS) for m in ("llama", "mistral", "qwen2", "qwen3")
+        m: Family("model.layers", _LLAMA_GROUPS, _llama, _QK, "residual", _WRITERS)
+        for m in ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text")
     },
     "gemma": Family("model.layers", _LLAMA_GROUPS, _gemma, _QK, "residual", _WRITERS),
     "gemma2": Family("model.layers", _LLAMA_GROUPS, _gemma2, _QK, "values", _WRITERS),
@@ -136,3 +138,23 @@ FAMILIES: dict[str, Family] = {
     "opt": Family("model.decoder.layers", _OPT_GROUPS, _opt, _QK),
     "gpt2": Family("transformer.h", _GPT2_GROUPS, _gpt2, frozenset({"attn.c_attn"})),
 }
+
+# Linears and parameters of vision-language models whose outputs take the place of token embeddings.
+_PROJECTOR = "model.multi_modal_projector.linear_2"
+IMAGES: dict[str, tuple[str, ...]] = {
+    **{m: ("model.visual.merger.mlp.2",) for m in ("qwen2_vl", "qwen2_5_vl")},
+    **{m: (_PROJECTOR,) for m in ("llava", "vipllava", "internvl", "mistral3")},
+    **{m: (_PROJECTOR, "model.image_newline") for m in ("llava_next", "llava_onevision")},
+    "paligemma": ("model.multi_modal_projector.linear",),
+    **{m: ("model.connector.modality_projection.proj",) for m in ("idefics3", "smolvlm")},
+}
+
+
+def find(config: Any, trunk: str = "") -> Family | None:
+    """The table's row of a model; for a vision-language model that of its text decoder, whose path is `trunk`."""
+    text = config.get_text_config()
+    row = FAMILIES.get(text.model_type)
+    if row is None or text is config:
+        return row
+    blocks, norm = (f"{trunk}.{path.partition('.')[2]}" for path in (row.blocks, row.final_norm))
+    return replace(row, blocks=blocks, final_norm=norm, images=IMAGES.get(config.model_type))

@@ -25,7 +25,7 @@ class Head:
 
     def __init__(self, skeleton: Skeleton, view: CheckpointView, dtype: torch.dtype) -> None:
         self.skeleton, self.view, self.dtype = skeleton, view, dtype
-        config, model = skeleton.config, skeleton.model
+        config, model = skeleton.config.get_text_config(), skeleton.model
         for name in ("logit_scale", "logits_scaling"):
             if hasattr(config, name):
                 raise CompressError(

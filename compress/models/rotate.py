@@ -1,6 +1,7 @@
 """A checkpoint view that rotates on read: the same function, in a basis where outliers are spread over the channels.
 
     R1  residual stream, Q (D, D):         embedding E Q;  readers W diag(gamma) Q;  writers Qᵀ W, Qᵀ b;  head W diag(gamma_f) Q
+        (a vision-language model's projector is a writer: its outputs take the place of embeddings)
     R2  values, H (head_dim, head_dim):    v rows Hᵀ W_v, Hᵀ b_v per KV head;  o columns W_o H per query head
 
 Source: QuaRot (arXiv 2404.00456; spcl/QuaRot and ylsung/rsq `rotation_utils.py`), R2 per head as SpinQuant (arXiv 2405.16406), all
@@ -23,7 +24,8 @@ import torch
 from compress.checkpoint.dtypes import itemsize
 from compress.checkpoint.reader import CheckpointReader
 from compress.errors import CompressError
-from compress.models.families import FAMILIES, heads
+from compress.models import families
+from compress.models.families import heads
 from compress.models.hadamard import Rotation
 from compress.models.skeleton import Skeleton
 from compress.models.view import CheckpointView
@@ -36,7 +38,12 @@ Step = Callable[[torch.Tensor], torch.Tensor]
 
 def check(config: Any) -> bool:
     """Whether R1 applies to a model (else R2 only); refuses families that cannot be rotated."""
-    family = FAMILIES.get(config.model_type)
+    family = families.find(config)
+    if family is not None and family.rotates == "residual" and family.images is None:
+        raise CompressError(
+            f"model family {config.model_type!r} cannot be rotated: what makes its image embeddings is not known",
+            hint="use --no-rotate",
+        )
     if family is None or not family.rotates:
         raise CompressError(
             f"model family {config.model_type!r} cannot be rotated"
@@ -50,7 +57,7 @@ def untie(config: Any) -> bool:
     """Give a tied model a head of its own where R1 asks for it; whether that changed anything."""
     if not check(config) or not getattr(config, "tie_word_embeddings", False):
         return False
-    config.tie_word_embeddings = False
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     return True
 
 
@@ -76,8 +83,7 @@ class RotatedView(CheckpointView):
         embedding, head = (f"{names[id(m)]}.weight" for m in (model.get_input_embeddings(), model.get_output_embeddings()))
         super().__init__(reader, skeleton, {head: embedding} if untied else {})
         self.untied = untied
-        config = skeleton.config
-        residual = check(config)
+        residual, config = check(skeleton.config), skeleton.config.get_text_config()
         if not residual:
             logger.warning("family %r has norms between its linears and the stream: only the heads are rotated", config.model_type)
         self.kv, self.rep, self.width = heads(config)
@@ -93,6 +99,10 @@ class RotatedView(CheckpointView):
             self._steps[embedding] = [self._R1.right]
             self._steps[head] = [self._scaled(f"{skeleton.family.final_norm}.weight", norm.norm_offset), self._R1.right]
             self._steps[f"{skeleton.family.final_norm}.weight"] = [_constant(1.0 - norm.norm_offset)]
+            for name in skeleton.family.images or ():
+                parts = [n for n in (name, f"{name}.weight", f"{name}.bias") if n in self._source]
+                assert parts, f"{name} is not in the model"
+                self._steps |= {part: [self._R1.left] for part in parts}
 
     def _plan_block(self, skeleton: Skeleton, index: int) -> None:
         prefix, family = skeleton.prefix(index), skeleton.family
@@ -143,9 +153,12 @@ class RotatedView(CheckpointView):
         return self._apply(name, tensor) if name in self._steps else tensor
 
     def chunks(self, name: str) -> Iterator[torch.Tensor]:
-        """Flat pieces of whole rows, each rotated by itself."""
+        """Flat pieces of whole rows, each rotated by itself; a writer's rows mix, so it is one piece."""
         if name not in self._steps:
             yield from super().chunks(name)
+            return
+        if self._R1 is not None and self._R1.left in self._steps[name]:
+            yield self.read(name).flatten()
             return
         width = self.shape(name)[-1]
         limit = max(1, _PIECE // width) * width * itemsize(self.dtype(name))

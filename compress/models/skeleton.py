@@ -20,6 +20,7 @@ from torch import nn
 
 from compress.checkpoint.reader import read_json
 from compress.errors import CompressError
+from compress.models import auto, families
 from compress.models.families import FAMILIES, Family
 from compress.models.view import CheckpointView
 from compress.types import Scaling
@@ -106,16 +107,15 @@ def load_config(folder: Path, trust_remote_code: bool = False, compressed: bool 
 
 
 class Skeleton:
-    """A causal language model on `meta`."""
+    """A causal language model on `meta`; of a vision-language model, the blocks are the text decoder's."""
 
     def __init__(self, config: Any, trust_remote_code: bool = False) -> None:
         from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM
 
         self.config = config
         try:
             with init_empty_weights(include_buffers=False):
-                self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+                self.model = auto.auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
         except (ValueError, KeyError, ImportError) as error:
             raise CompressError(
                 f"model family {config.model_type!r} has no causal language model in transformers",
@@ -125,7 +125,9 @@ class Skeleton:
         embedding = self.model.get_input_embeddings()
         if isinstance(embedding, nn.Embedding):
             embedding.padding_idx = None  # `embed` hands in only the rows of a batch; a forward pass does not use it
-        self.family: Family | None = FAMILIES.get(config.model_type)
+        self.trunk = auto.trunk(self.model)
+        self.trunk_path = next((n for n, m in self.model.named_modules() if m is self.trunk), "")
+        self.family: Family | None = families.find(config, self.trunk_path)
         self.path = self.family.blocks if self.family else self._find_blocks()
         blocks = self.model.get_submodule(self.path)
         assert isinstance(blocks, nn.ModuleList)
@@ -143,7 +145,7 @@ class Skeleton:
 
     def _find_blocks(self) -> str:
         best, size = "", 0
-        for name, module in self.model.named_modules():
+        for name, module in self.trunk.named_modules(prefix=self.trunk_path):
             if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1:
                 count = sum(p.numel() for p in module.parameters())
                 if count > size and any(isinstance(m, nn.Linear) for m in module.modules()):
@@ -199,7 +201,7 @@ class Skeleton:
         return self._groups.get(names) or tuple((n,) for n in names)
 
     def scalings(self) -> tuple[Scaling, ...]:
-        return self.family.scalings(self.config) if self.family else ()
+        return self.family.scalings(self.config.get_text_config()) if self.family else ()
 
     def no_clip(self, index: int) -> frozenset[str]:
         if self.family is not None:
@@ -256,15 +258,17 @@ class Skeleton:
                 blocks[i] = block  # type: ignore[index]
 
     def _base_tensors(self, view: CheckpointView, device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Parameters and buffers of the base model but for embedding and blocks."""
+        """Parameters and buffers of the trunk but for embedding and blocks, by their names in the base model."""
         base = self.model.base_model
         own = {id(p) for m in (self.model.get_input_embeddings(), *self.blocks) for p in m.parameters()}
+        wanted = {id(t) for t in (*self.trunk.parameters(), *self.trunk.buffers())} - own
         prefix = next((n for n, m in self.model.named_modules() if m is base), "")
         prefix = f"{prefix}." if prefix else ""
-        tensors = {n: view.read(prefix + n).to(device, dtype) for n, p in base.named_parameters() if id(p) not in own}
+        tensors = {n: view.read(prefix + n).to(device, dtype) for n, p in base.named_parameters() if id(p) in wanted}
         stored = set(view.names)
         for n, b in base.named_buffers():
-            tensors[n] = (view.read(prefix + n) if prefix + n in stored else b).to(device)
+            if id(b) in wanted:
+                tensors[n] = (view.read(prefix + n) if prefix + n in stored else b).to(device)
         return tensors
 
     def calls(self, index: int) -> list[Call]:

@@ -10,16 +10,17 @@ import torch
 from compress.checkpoint.dtypes import finite
 from compress.checkpoint.reader import CheckpointReader
 from compress.errors import CompressError
+from compress.models import auto
 
 if TYPE_CHECKING:
     from compress.models.skeleton import Skeleton
 
 
 class CheckpointView:
-    """A checkpoint's tensors, as stored, under the names of the model's state dict.
+    """A checkpoint's tensors, as stored, under the names of the model's state dict, however the checkpoint spells them.
 
-    Older checkpoints lack the base model's prefix (`h.0…` for `transformer.h.0…`); tensors that the model does not know are
-    listed in `extra` and travel unchanged. `aliases` names the tensor to read for a name that must not be read itself.
+    Tensors that the model does not know are listed in `extra` and travel unchanged. `aliases` names the tensor to read for a
+    name that must not be read itself.
     """
 
     untied = False  # whether a tied head became a tensor of its own
@@ -27,12 +28,11 @@ class CheckpointView:
     def __init__(self, reader: CheckpointReader, skeleton: Skeleton, aliases: Mapping[str, str] | None = None) -> None:
         self.reader = reader
         wanted = skeleton.parameters()
-        prefix = f"{skeleton.model.base_model_prefix}."
+        spelled = {name: stored for stored, name in auto.spelling(skeleton.model, reader.names).items()}
         self._source: dict[str, str] = {}
         buffers = dict(skeleton.model.named_buffers())
         for name, shape in wanted.items():
-            stored = (aliases or {}).get(name, name)
-            source = next((c for c in (stored, stored.removeprefix(prefix)) if c in reader), None)
+            source = spelled.get((aliases or {}).get(name, name))
             if source is None:
                 if name in buffers:  # derived by the model, stored only by some versions
                     continue

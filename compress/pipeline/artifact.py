@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,66 +17,84 @@ from compress.models.skeleton import Skeleton
 from compress.pipeline.layout import Layout
 
 
-def quantization_config(layout: Layout, params: dict[str, Any], skeleton: Skeleton) -> dict[str, Any] | None:
+def quantization_config(layout: Layout, skeleton: Skeleton) -> dict[str, Any] | None:
     """The `quantization_config` of config.json for a layout; None for dense weights."""
     untouched = [n for n in skeleton.all_linears() if n not in layout.targets]
-    bits, group, symmetric = params["bits"], params["group_size"], params["symmetric"]
+    params = next(iter(layout.targets.values())).params
     if layout.name == "dense":
         return None
     if layout.name == "awq":
         return {
-            "quant_method": "awq", "bits": bits, "group_size": group, "zero_point": True, "version": "gemm",
-            "modules_to_not_convert": untouched,
+            "quant_method": "awq", "bits": params["bits"], "group_size": params["group_size"], "zero_point": True,
+            "version": "gemm", "modules_to_not_convert": untouched,
         }  # fmt: skip
-    weights = {
-        "num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "channel" if group == -1 else "group",
-        "group_size": None if group == -1 else group, "dynamic": False, "actorder": None,
-    }  # fmt: skip
-    one: dict[str, Any] = {
-        "targets": ["Linear"],
-        "weights": weights,
-        "input_activations": None,
-        "output_activations": None,
+    widths = by_width(layout)
+    groups = {
+        f"group_{i}": _group(layout, params, bits, ["Linear"] if len(widths) == 1 else names)
+        for i, (bits, names) in enumerate(sorted(widths.items()))
     }
-    if layout.guarded:
-        one["format"] = f"compress-{layout.kind}"
     out: dict[str, Any] = {
         "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
-        "global_compression_ratio": None, "kv_cache_scheme": None, "ignore": untouched, "config_groups": {"group_0": one},
+        "global_compression_ratio": None, "kv_cache_scheme": None, "ignore": untouched, "config_groups": groups,
     }  # fmt: skip
-    if not symmetric:  # compressed-tensors 0.20 cannot keep packed zero-points: it must dequantize at load
+    if not params["symmetric"]:  # compressed-tensors 0.20 cannot keep packed zero-points: it must dequantize at load
         out["dequantize"] = True
     return out
 
 
-def _card(name: str, method: str, layout: Layout, params: dict[str, Any], config: dict[str, Any]) -> str:
+def by_width(layout: Layout) -> dict[int, list[str]]:
+    """Names of the linears of each width."""
+    found: dict[int, list[str]] = {}
+    for target in layout.targets.values():
+        found.setdefault(int(target.params["bits"]), []).append(target.name)
+    return found
+
+
+def _group(layout: Layout, params: Mapping[str, Any], bits: int, targets: list[str]) -> dict[str, Any]:
+    """One config group of compressed-tensors."""
+    size = params["group_size"]
+    weights = {
+        "num_bits": bits, "type": "int", "symmetric": params["symmetric"], "strategy": "channel" if size == -1 else "group",
+        "group_size": None if size == -1 else size, "dynamic": False, "actorder": None,
+    }  # fmt: skip
+    one: dict[str, Any] = {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
+    if layout.guarded:
+        one["format"] = f"compress-{layout.kind}"
+    return one
+
+
+def _card(name: str, method: str, layout: Layout, config: dict[str, Any]) -> str:
+    params = next(iter(layout.targets.values())).params
     kind = "symmetric" if params["symmetric"] else "asymmetric"
     group = "one group per row" if params["group_size"] == -1 else f"groups of {params['group_size']}"
+    bits = "/".join(str(b) for b in sorted(by_width(layout)))
     rows = "\n".join(f"| {who} | {answer} |" for who, answer in loads(config))
     return (
-        f"---\nlibrary_name: transformers\ntags: [compress, {method}]\n---\n# {name}, {method.upper()} {params['bits']}-bit\n\n"
-        f"Compressed with llm-compress: {method}, {params['bits']} bits, {kind}, "
+        f"---\nlibrary_name: transformers\ntags: [compress, {method}]\n---\n# {name}, {method.upper()} {bits}-bit\n\n"
+        f"Compressed with llm-compress: {method}, {bits} bits, {kind}, "
         f"{group}, "
-        f"format `{layout.name}`. `manifest.json` records every linear's error, the settings and the hashes; "
+        f"format `{layout.name}`, kind `{layout.kind}`. `manifest.json` records every linear's error, the settings and the hashes; "
         f"`compress verify` checks them.\n\n| loader | loads |\n| --- | --- |\n{rows}\n"
     )
 
 
 def write_companions(
-    source: Path, folder: Path, layout: Layout, params: dict[str, Any], skeleton: Skeleton, method: str, name: str, untied: bool
+    source: Path, folder: Path, layout: Layout, skeleton: Skeleton, method: str, name: str, untied: bool
 ) -> None:
     """config.json, the card, and a copy of every file that belongs to the model."""
     config = read_json(source / "config.json")
     if untied:
         config["tie_word_embeddings"] = False
-    quant = quantization_config(layout, params, skeleton)
+        if isinstance(config.get("text_config"), dict):  # transformers ties where either says so
+            config["text_config"]["tie_word_embeddings"] = False
+    quant = quantization_config(layout, skeleton)
     if quant is not None:
         config["quantization_config"] = quant
     if layout.cast == "F16":
         config.pop("torch_dtype", None)
         config["dtype"] = "float16"
     write_json_as_is(folder / "config.json", config)
-    write_file(folder / "README.md", _card(name, method, layout, params, config).encode())
+    write_file(folder / "README.md", _card(name, method, layout, config).encode())
     for path in companions(source):
         with disk_errors(folder / path.name):
             shutil.copyfile(path, folder / path.name)

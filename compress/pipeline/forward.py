@@ -18,34 +18,21 @@ from typing import Any
 
 import torch
 
+from compress import registry
 from compress.checkpoint import dtypes
 from compress.checkpoint.writer import CheckpointWriter
 from compress.errors import CompressError
-from compress.formats import int_grouped
 from compress.models.skeleton import Skeleton
 from compress.models.view import CheckpointView, check_finite
 from compress.pipeline import memory
-from compress.pipeline.layout import Layout
+from compress.pipeline.blocks import Blocks, Tensors
+from compress.pipeline.layout import Layout, dense
 from compress.pipeline.observe import Enough, Observer, Tokens
 from compress.pipeline.resume import WorkDir
 from compress.pipeline.states import ModuleInputs, Store
-from compress.types import Block, Result
+from compress.types import Block, Progress, Result
 
 logger = logging.getLogger(__name__)
-Tensors = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """What one finished block looks like to whoever watches."""
-
-    block: int
-    blocks: int
-    error: float  # mean relative weight error of the block's linears
-    bits: float  # stored bits per weight
-    seconds: float
-    left: float  # seconds, from the blocks done in this run
-    rss: int  # bytes
 
 
 @dataclass(frozen=True)
@@ -63,6 +50,7 @@ class Walk:
     dtype: torch.dtype
     states_on_disk: bool
     progress: Callable[[Progress], None] | None = None
+    gradients: Callable[[int], Tensors] | None = None  # what the reverse walk kept of a block
 
 
 class _BlockRunner:
@@ -119,6 +107,7 @@ class Forward:
 
     def __init__(self, walk: Walk, writer: CheckpointWriter, work: WorkDir) -> None:
         self.walk, self.writer, self.work = walk, writer, work
+        self.blocks = Blocks(walk.skeleton, walk.view, walk.device, walk.dtype)
         self.folder = work.path if walk.states_on_disk else None
         self.propagate = bool(getattr(walk.config, "propagate", False))
         self.states: Store | None = None
@@ -141,7 +130,7 @@ class Forward:
             memory.trim()
             now = time.monotonic()
             left = (now - began) / (index + 1 - done) * (blocks - index - 1)
-            report = Progress(index, blocks, error, bits, now - start, left, memory.rss())
+            report = Progress(index, blocks, now - start, left, memory.rss(), error, bits)
             self.work.log({"block": index, "error": error, "bits": bits, "seconds": report.seconds, "rss": report.rss})
             if walk.progress is not None:
                 walk.progress(report)
@@ -161,38 +150,12 @@ class Forward:
         if done:
             logger.info("resuming at block %d of %d: replaying the calibration states", done + 1, len(walk.skeleton.blocks))
         for index in range(done):
-            params = self._compressed(index) if self.propagate else self._compute(index, self._load(index))
+            params = self._compressed(index) if self.propagate else self.blocks.compute(index, self.blocks.load(index))
             self._advance(index, params)
             del params
             memory.trim()
 
-    @property
-    def _scale_dtype(self) -> torch.dtype:
-        layout = self.walk.layout
-        return layout.scale_dtype(next(iter(layout.targets.values())))
-
     # -- one block ----------------------------------------------------------------------------------------------------
-
-    def _load(self, index: int) -> Tensors:
-        """A block's tensors as stored, by relative name; linear weights turned to (O, I)."""
-        prefix = self.walk.skeleton.prefix(index)
-        names = [n for n in self.walk.view.names if n.startswith(prefix)]
-        return {n.removeprefix(prefix): self._turn(n, self.walk.view.read(n).to(self.walk.device)) for n in names}
-
-    def _turn(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Swap a Conv1D weight between (I, O) and (O, I); anything else as it is."""
-        return tensor.T.contiguous() if name in self.walk.skeleton.conv1d_weights else tensor
-
-    def _compute(self, index: int, tensors: Mapping[str, torch.Tensor]) -> Tensors:
-        """Parameters and buffers of a block as its module wants them, in the compute dtype on the device."""
-        block = self.walk.skeleton.blocks[index]
-        buffers = {n: tensors.get(n, b).to(self.walk.device) for n, b in block.named_buffers()}
-        return self._params(index, {n: tensors[n] for n, _ in block.named_parameters()}) | buffers
-
-    def _params(self, index: int, tensors: Mapping[str, torch.Tensor]) -> Tensors:
-        """Tensors as the module wants them."""
-        walk, prefix = self.walk, self.walk.skeleton.prefix(index)
-        return {n: self._turn(prefix + n, t).to(walk.device, walk.dtype) for n, t in tensors.items()}
 
     def _compressed(self, index: int) -> Tensors:
         """A finished block's parameters, read back from the artifact."""
@@ -202,27 +165,17 @@ class Forward:
             if name.startswith(prefix):
                 target = walk.layout.targets.get(name.removesuffix(".weight"))
                 if target is None or walk.layout.name == "dense":
-                    tensors[name.removeprefix(prefix)] = self._turn(name, self.writer.read(name))
+                    tensors[name.removeprefix(prefix)] = self.blocks.turn(name, self.writer.read(name))
                 else:
-                    packed = walk.layout.packed(target, walk.config.params(), self.writer.read)
-                    tensors[name.removeprefix(prefix)] = int_grouped.dequantize(packed)
-        return self._compute(index, tensors)
+                    tensors[name.removeprefix(prefix)] = dense(walk.layout.packed(target, self.writer.read))
+        return self.blocks.compute(index, tensors)
 
     def _block(self, index: int) -> tuple[float, float]:
         walk = self.walk
-        skeleton, prefix = walk.skeleton, walk.skeleton.prefix(index)
-        loaded = self._load(index)
-        chosen = [n for n in skeleton.linears(index) if prefix + n in walk.layout.targets]
-        block = Block(
-            index,
-            {n: loaded.pop(f"{n}.weight") for n in chosen},
-            loaded,
-            skeleton.groups(index),
-            skeleton.scalings(),
-            skeleton.no_clip(index),
-        )
+        gradient = walk.gradients(index) if walk.gradients is not None else None
+        block = self.blocks.split(index, self.blocks.load(index), walk.layout, gradient)
         if self.states is None:
-            result = walk.method.compress(block, {}, walk.config, None, self._scale_dtype)
+            result = walk.method.compress(block, {}, walk.config, None, walk.layout.scale_dtype)
         else:
             result = self._with_data(block)
         return self._write(block, result)
@@ -230,7 +183,7 @@ class Forward:
     def _with_data(self, block: Block) -> Result:
         """Collect and compress, stage by stage; then run the states on."""
         walk, index = self.walk, block.index
-        params = self._compute(index, {**{f"{n}.weight": W for n, W in block.weights.items()}, **block.tensors})
+        params = self.blocks.compute(index, self.blocks.tensors(block))
         stages = walk.method.stages(block, walk.config) if hasattr(walk.method, "stages") else (tuple(block.weights),)
         self.weights = self._token_weights(index, params)
         assert self.propagate or len(stages) == 1, "a method with stages calibrates on compressed blocks"
@@ -240,10 +193,10 @@ class Forward:
             found = self._stage(part, params)
             result = result.merge(found)
             if number + 1 < len(stages):
-                params |= self._params(index, self._linears(part, found))
+                params |= self.blocks.params(index, self._linears(part, found))
         del params
         if self.propagate:
-            self._advance(index, self._compute(index, self._as_stored(block, result)))
+            self._advance(index, self.blocks.compute(index, self._as_stored(block, result)))
         return result
 
     def _token_weights(self, index: int, params: Tensors) -> list[torch.Tensor]:
@@ -277,14 +230,14 @@ class Forward:
             self._advance(index, params, keep=self.propagate, observer=observer)
         stats = {n: observer.stats[group[0]] for group in block.groups for n in group if group[0] in observer.stats}
         runner = _BlockRunner(walk, index, params, observer.inputs, batches, self.folder)
-        result: Result = walk.method.compress(block, stats, walk.config, runner, self._scale_dtype)
+        result: Result = walk.method.compress(block, stats, walk.config, runner, walk.layout.scale_dtype)
         runner.close()
         observer.close()
         return result
 
     @staticmethod
     def _linears(block: Block, result: Result) -> Tensors:
-        return {f"{n}.weight": int_grouped.dequantize(result.packed[n]) for n in block.weights}
+        return {f"{n}.weight": dense(result.packed[n]) for n in block.weights}
 
     def _as_stored(self, block: Block, result: Result) -> Tensors:
         """A compressed block's tensors with the rounding that the artifact gives them: what a resumed run reads back."""
@@ -321,6 +274,7 @@ class Forward:
         walk, prefix = self.walk, self.walk.skeleton.prefix(block.index)
         assert result.packed.keys() == block.weights.keys(), "a method must pack exactly the linears that it was given"
         assert result.tensors.keys() <= block.tensors.keys(), "a method may only change tensors that exist"
+        version = registry.by_kind(walk.layout.kind).VERSION
         weights = stored = 0
         for name, packed in result.packed.items():
             target = walk.layout.targets[prefix + name]
@@ -331,11 +285,11 @@ class Forward:
             size = target.shape[0] * target.shape[1]
             weights, stored = weights + size, stored + bits
             self.work.state["linears"][target.name] = {
-                "kind": walk.layout.kind, "version": packed.version, "params": dict(packed.params), "shape": list(target.shape),
+                "kind": walk.layout.kind, "version": version, "params": dict(packed.params), "shape": list(target.shape),
                 "bits": float(f"{bits / size:.6g}"), "error": float(f"{result.errors[name]:.6g}"),
             }  # fmt: skip
         for name in block.tensors:
-            tensor = self._turn(prefix + name, result.tensors.get(name, block.tensors[name]))
+            tensor = self.blocks.turn(prefix + name, result.tensors.get(name, block.tensors[name]))
             self._write_dense(prefix + name, tensor)
         if result.record:
             self.work.state["search"].append({"block": block.index, **result.record})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from compress.models.view import CheckpointView
 from compress.types import Packed
 
 logger = logging.getLogger(__name__)
+Choices = Mapping[str, Mapping[str, Any]]  # full name of a linear -> format params that replace the config's
 LAYOUTS = {"pack-quantized": "int_grouped", "awq": "awq", "dense": "dense"}
 
 
@@ -31,6 +32,7 @@ class Target:
     shape: tuple[int, int]  # (O, I)
     transposed: bool  # the model stores (I, O)
     dtype: str  # safetensors dtype of the source weight
+    params: Mapping[str, Any]  # of the format that the method packs it in
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Layout:
     """The plan of one artifact."""
 
     name: str
+    packs: str  # kind of the linears that the method returns
     targets: dict[str, Target]
     plan: tuple[Planned, ...]
     guarded: bool  # stock loaders must refuse it
@@ -45,17 +48,21 @@ class Layout:
 
     @property
     def kind(self) -> str:
-        """Kind of the linears, as the manifest names it."""
-        return LAYOUTS[self.name]
+        """Kind of the linears in the artifact, as the manifest names it."""
+        return self.packs if self.name == "pack-quantized" else LAYOUTS[self.name]
 
-    def scale_dtype(self, target: Target) -> torch.dtype:
-        """The dtype that a linear's scales are stored in."""
-        return torch.float16 if self.name == "awq" else dtypes.TORCH[target.dtype]
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The dtype that scales are stored in; all targets have one."""
+        dtype = next(iter(self.targets.values())).dtype
+        module = registry.by_kind(self.packs)
+        own: str = module.value_dtype(dtype) if hasattr(module, "value_dtype") else dtype
+        return torch.float16 if self.name == "awq" else dtypes.TORCH[own]
 
     def tensors(self, target: Target, packed: Packed) -> dict[str, torch.Tensor]:
         """Full names and tensors of one packed linear, as this layout writes them."""
         if self.name == "dense":
-            W = int_grouped.dequantize(packed).to(dtypes.TORCH[target.dtype])
+            W = dense(packed).to(dtypes.TORCH[target.dtype])
             return {f"{target.name}.weight": W.T.contiguous() if target.transposed else W}
         if self.name != "pack-quantized":
             q, scale, zero = int_grouped.unpack(packed)
@@ -63,12 +70,19 @@ class Layout:
             packed = module.pack(q, scale, zero, bits=packed.params["bits"], group_size=packed.params["group_size"])
         return {f"{target.name}.{suffix}": t for suffix, t in packed.tensors.items()}
 
-    def packed(self, target: Target, params: dict[str, Any], read: Callable[[str], torch.Tensor]) -> Packed:
+    def packed(self, target: Target, read: Callable[[str], torch.Tensor]) -> Packed:
         """The reverse of `tensors` but for dense: a linear read back from its tensors."""
-        module = registry.load("formats", LAYOUTS[self.name])
-        suffixes = module.spec(params, target.shape, target.dtype)
-        found = Packed(module.KIND, module.VERSION, params, {s: read(f"{target.name}.{s}") for s in suffixes}, target.shape)
+        module = registry.by_kind(self.kind)
+        suffixes = module.spec(target.params, target.shape, target.dtype)
+        tensors = {s: read(f"{target.name}.{s}") for s in suffixes}
+        found = Packed(module.KIND, module.VERSION, target.params, tensors, target.shape)
         return module.to_int_grouped(found) if self.name == "awq" else found
+
+
+def dense(packed: Packed) -> torch.Tensor:
+    """The dense weight (O, I) of a packed linear, fp32."""
+    W: torch.Tensor = registry.by_kind(packed.kind).dequantize(packed)
+    return W
 
 
 def matcher(patterns: tuple[str, ...]) -> Callable[[str], list[str]]:
@@ -85,16 +99,25 @@ def matcher(patterns: tuple[str, ...]) -> Callable[[str], list[str]]:
     return lambda name: [p for p, c in compiled if c.fullmatch(name)]
 
 
-def make(skeleton: Skeleton, view: CheckpointView, config: Any, layout: str, ignore: tuple[str, ...]) -> Layout:
-    """Plan an artifact from headers alone. Refuses linears that the method's config cannot hold."""
+def make(
+    skeleton: Skeleton, view: CheckpointView, config: Any, layout: str, ignore: tuple[str, ...], choices: Choices | None = None
+) -> Layout:  # fmt: skip
+    """Plan an artifact from headers alone. Refuses linears that the method's config cannot hold.
+
+    `choices` replaces format params of some linears, by full name.
+    """
     if layout not in LAYOUTS:
         raise CompressError(f"--format {layout!r} is unknown", hint=nearest(layout, list(LAYOUTS)), usage=True)
-    targets = _targets(skeleton, view, config, ignore, layout)
+    packs = getattr(config, "kind", int_grouped.KIND)
+    own = layout == "pack-quantized" and packs != int_grouped.KIND
+    if layout == "awq" and packs != int_grouped.KIND:
+        raise CompressError(f"--format awq cannot hold {packs}", hint="use --format pack-quantized or dense", usage=True)
+    targets = _targets(skeleton, view, config, ignore, layout == "pack-quantized" and not own, choices or {})
     conv1d = any(t.transposed for t in targets.values())
     if layout == "awq" and conv1d:
         raise CompressError("--format awq cannot hold transposed Conv1D layers (GPT-2)", hint="use the default format", usage=True)
     cast = "F16" if layout == "awq" else None
-    module = registry.load("formats", LAYOUTS[layout])
+    module = registry.by_kind(packs if own else LAYOUTS[layout])
     plan: list[Planned] = []
     for name in view.names:
         target = targets.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
@@ -104,17 +127,19 @@ def make(skeleton: Skeleton, view: CheckpointView, config: Any, layout: str, ign
         elif layout == "dense":
             plan.append(Planned(name, dtype, view.shape(name)))
         else:
-            spec = module.spec(config.params(), target.shape, dtype)
+            spec = module.spec(target.params, target.shape, dtype)
             plan += [Planned(f"{target.name}.{suffix}", d, shape) for suffix, (d, shape) in spec.items()]
-    return Layout(layout, targets, tuple(plan), conv1d and layout == "pack-quantized", cast)
+    return Layout(layout, packs, targets, tuple(plan), own or (conv1d and layout == "pack-quantized"), cast)
 
 
-def _unreadable(params: dict[str, Any], shape: tuple[int, int]) -> bool:
+def _unreadable(params: Mapping[str, Any], shape: tuple[int, int]) -> bool:
     """A single word row of packed zero-points: compressed-tensors 0.20 fails on it, so we do not write it."""
     return params["bits"] == 4 and not params["symmetric"] and shape[0] <= 8 and int_grouped.groups(params, shape) > 1
 
 
-def _targets(skeleton: Skeleton, view: CheckpointView, config: Any, ignore: tuple[str, ...], layout: str) -> dict[str, Target]:
+def _targets(
+    skeleton: Skeleton, view: CheckpointView, config: Any, ignore: tuple[str, ...], portable: bool, choices: Choices
+) -> dict[str, Target]:  # fmt: skip
     ignored = matcher(ignore)
     hits: set[str] = set()
     conv1d = skeleton.conv1d_weights
@@ -133,12 +158,13 @@ def _targets(skeleton: Skeleton, view: CheckpointView, config: Any, ignore: tupl
                     hint="start from a 16-bit or 32-bit checkpoint",
                 )
             config.check(name, shape)
-            if layout == "pack-quantized" and _unreadable(config.params(), shape):
+            params = {**config.params(shape), **choices.get(name, {})}
+            if portable and _unreadable(params, shape):
                 logger.warning(
                     "%s stays dense: compressed-tensors 0.20 cannot read 4-bit zero-points of %d outputs", name, shape[0]
                 )
                 continue
-            targets[name] = Target(name, shape, f"{name}.weight" in conv1d, dtype)
+            targets[name] = Target(name, shape, f"{name}.weight" in conv1d, dtype, params)
     unused = [p for p in ignore if p not in hits]
     if unused:
         raise CompressError(

@@ -1,7 +1,8 @@
 """The work folder: one job's lock, fingerprint and resume point.
 
-`OUT.partial/job.json` says whose work this is, `progress.json` how many steps are durable and what is known of them,
-`report.jsonl` timings, `artifact/` the shards. A run that finds another job's folder refuses to touch it.
+`OUT.partial/job.json` says whose work this is, `progress.json` how many steps are durable and what is known of them;
+`report.jsonl` timings, `reverse/` what gradients decided, `artifact/` the shards. A run that finds another job's folder refuses
+to touch it.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class WorkDir:
     def _clear(self) -> None:
         for name in ("job.json", "progress.json", "report.jsonl"):  # job.json first: without it nothing is resumed
             (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.artifact, ignore_errors=True)
+        for folder in (self.artifact, self.path / "reverse"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     @property
     def done(self) -> int:
@@ -87,7 +89,8 @@ class WorkDir:
             os.replace(self.artifact, out)
             fsync_folder(out.absolute().parent)
         if keep:
-            shutil.rmtree(self.path / "replaced", ignore_errors=True)
+            for name in ("replaced", "reverse"):
+                shutil.rmtree(self.path / name, ignore_errors=True)
             (self.path / "job.json").unlink(missing_ok=True)
             (self.path / "progress.json").unlink(missing_ok=True)
         else:

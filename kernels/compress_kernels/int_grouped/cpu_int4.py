@@ -50,7 +50,7 @@ def linear(
     x: torch.Tensor, weight: torch.Tensor, scales_zeros: torch.Tensor, group_size: int, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """x (..., I) bf16 times Wᵀ plus bias -> (..., O)."""
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, weight, group_size, scales_zeros)
     y = y.view(*x.shape[:-1], y.shape[-1])
     return y if bias is None else y + bias

@@ -45,13 +45,13 @@ def decode(words: torch.Tensor, bits: int, length: int) -> torch.Tensor:
 def dequantize(words: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, out: torch.Tensor) -> torch.Tensor:
     """Write (q - z) * scale into out (R, I) and return it; zero is (R, G) uint8, None where symmetric.
 
-    q - z is a small integer, exact in every float dtype. Where scale and out share a dtype the product is rounded once,
-    in that dtype; elsewhere it is formed in fp32 and then rounded. Both equal the reference bit for bit.
+    The product is formed in fp32 and then rounded to out's dtype, which equals the reference bit for bit (and is faster than
+    bf16 arithmetic on a CPU).
     """
     R, I = out.shape
     grouped = (R, scale.shape[1], I // scale.shape[1])
     codes = decode(words, bits, I).view(grouped)
-    work = out if scale.dtype == out.dtype else torch.empty_like(out, dtype=torch.float32)
+    work = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
     W = work.view(grouped)
     if zero is None:
         W.copy_((codes - (1 << (bits - 1))).view(torch.int8))  # wraps around in uint8, and is right read as int8

@@ -1,0 +1,63 @@
+"""A checkpoint's blocks for a walk: read as stored, turned to (O, I), made into parameters of the compute dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from compress.models.skeleton import Skeleton
+from compress.models.view import CheckpointView
+from compress.pipeline.layout import Layout
+from compress.types import Block
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of one model. Names are relative to the block; linear weights are (O, I) unless a module asks otherwise."""
+
+    skeleton: Skeleton
+    view: CheckpointView
+    device: str
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return len(self.skeleton.blocks)
+
+    def load(self, index: int) -> Tensors:
+        """A block's tensors as stored; linear weights turned to (O, I)."""
+        prefix = self.skeleton.prefix(index)
+        names = [n for n in self.view.names if n.startswith(prefix)]
+        return {n.removeprefix(prefix): self.turn(n, self.view.read(n).to(self.device)) for n in names}
+
+    def turn(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Swap a Conv1D weight (by its full name) between (I, O) and (O, I); anything else as it is."""
+        return tensor.T.contiguous() if name in self.skeleton.conv1d_weights else tensor
+
+    def compute(self, index: int, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+        """Parameters and buffers of a block as its module wants them, in the compute dtype on the device."""
+        block = self.skeleton.blocks[index]
+        buffers = {n: tensors.get(n, b).to(self.device) for n, b in block.named_buffers()}
+        return self.params(index, {n: tensors[n] for n, _ in block.named_parameters()}) | buffers
+
+    def params(self, index: int, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+        """Tensors as the module wants them."""
+        prefix = self.skeleton.prefix(index)
+        return {n: self.turn(prefix + n, t).to(self.device, self.dtype) for n, t in tensors.items()}
+
+    def split(self, index: int, loaded: Tensors, layout: Layout, gradient: Mapping[str, torch.Tensor] | None = None) -> Block:
+        """A loaded block as methods see it; `loaded` loses the linears to compress."""
+        skeleton, prefix = self.skeleton, self.skeleton.prefix(index)
+        chosen = [n for n in skeleton.linears(index) if prefix + n in layout.targets]
+        return Block(
+            index, {n: loaded.pop(f"{n}.weight") for n in chosen}, loaded, skeleton.groups(index), skeleton.scalings(),
+            skeleton.no_clip(index), {n: layout.targets[prefix + n].params for n in chosen}, gradient or {},
+        )  # fmt: skip
+
+    @staticmethod
+    def tensors(block: Block) -> Tensors:
+        """All tensors of a block, as loaded."""
+        return {**{f"{n}.weight": W for n, W in block.weights.items()}, **block.tensors}

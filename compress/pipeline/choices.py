@@ -1,0 +1,141 @@
+"""Format params that differ from linear to linear: widths given by pattern, widths under a budget, and what gradients decide."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from compress import registry
+from compress.checkpoint import dtypes
+from compress.errors import CompressError
+from compress.methods._quantizer import Grid
+from compress.methods._widths import WIDTHS, WidthErrors, choose
+from compress.pipeline.layout import Choices, Layout, Target, matcher
+from compress.pipeline.reverse import Reverse
+from compress.types import Block, Reducer
+
+logger = logging.getLogger(__name__)
+WIDTH_SAMPLES = 16  # calibration windows that widths are measured on, where the method has no `samples` of its own
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """Widths as the user asked: `PATTERN=BITS` in order, the last match wins; a budget for all others."""
+
+    rules: tuple[str, ...] = ()
+    target: float | None = None  # bits per weight of all compressed linears, scales and all
+
+    def record(self) -> dict[str, Any]:
+        """For the manifest; empty where nothing was asked."""
+        return {"widths": {"layer_config": list(self.rules), "target_bpw": self.target}} if self.rules or self.target else {}
+
+    def fixed(self, layout: Layout) -> dict[str, dict[str, int]]:
+        """Widths that rules give."""
+        out: dict[str, dict[str, int]] = {}
+        for rule in self.rules:
+            pattern, _, text = rule.rpartition("=")
+            if not pattern or text not in map(str, WIDTHS):
+                raise CompressError(
+                    f"--layer-config {rule!r} is not PATTERN=BITS with 2, 3, 4 or 8 bits",
+                    hint="such as 're:.*down_proj=8'; --ignore leaves a linear dense", usage=True,
+                )  # fmt: skip
+            test = matcher((pattern,))
+            found = [name for name in layout.targets if test(name)]
+            if not found:
+                hint = "names look like " + next(iter(layout.targets))
+                raise CompressError(f"--layer-config {rule!r} matches no linear", hint=hint, usage=True)
+            out |= {name: {"bits": int(text)} for name in found}
+        return out
+
+    def check(self, layout: Layout) -> None:
+        """Refuse a budget that no choice meets, or that a format cannot use."""
+        if self.target is None:
+            return
+        if layout.name == "awq":
+            raise CompressError("--target-bpw mixes widths, --format awq has 4 bits", hint="use the default format", usage=True)
+        fixed = self.fixed(layout)
+        weights = sum(t.shape[0] * t.shape[1] for t in layout.targets.values())
+        bounds = [sum(pick(_sizes(layout, t, fixed)) for t in layout.targets.values()) / weights for pick in (min, max)]
+        if not bounds[0] <= self.target:
+            raise CompressError(
+                f"--target-bpw {self.target}: 2 bits everywhere take {bounds[0]:.3f} with their scales",
+                hint=f"use {bounds[0]:.2f} or more, or larger groups", usage=True,
+            )  # fmt: skip
+        if self.target > bounds[1]:
+            logger.warning("--target-bpw %g is more than 8 bits everywhere take (%.3f)", self.target, bounds[1])
+
+    def guess(self, layout: Layout) -> dict[str, dict[str, int]]:
+        """Widths before anything was measured: the rules', and for the others some that take what the budget allows."""
+        sizes = {n: t.shape[0] * t.shape[1] for n, t in layout.targets.items()}
+        return self.choose(layout, {n: [4.0**-b * size for b in WIDTHS] for n, size in sizes.items()})
+
+    def choose(self, layout: Layout, errors: Mapping[str, Sequence[float]]) -> dict[str, dict[str, int]]:
+        """Widths of every linear: the rules', and for the others those of least total error under the budget."""
+        fixed = self.fixed(layout)
+        if self.target is None:
+            return fixed
+        targets = list(layout.targets.values())
+        options = [[WIDTHS.index(fixed[t.name]["bits"])] if t.name in fixed else list(range(len(WIDTHS))) for t in targets]
+        weights = sum(t.shape[0] * t.shape[1] for t in targets)
+        picked = choose(
+            [[errors[t.name][i] for i in row] for t, row in zip(targets, options, strict=True)],
+            [_sizes(layout, t, fixed) for t in targets],
+            int(self.target * weights),
+        )
+        assert picked is not None, "the budget was checked"
+        return {t.name: {"bits": WIDTHS[row[i]]} for t, row, i in zip(targets, options, picked, strict=True)}
+
+
+def _sizes(layout: Layout, target: Target, fixed: Mapping[str, Mapping[str, int]]) -> list[int]:
+    """Stored bits of a linear at every width that is open to it."""
+    module = registry.by_kind(layout.packs)
+    out = []
+    for bits in (fixed[target.name]["bits"],) if target.name in fixed else WIDTHS:
+        spec = module.spec({**target.params, "bits": bits}, target.shape, target.dtype)
+        out.append(8 * sum(dtypes.itemsize(d) * torch.Size(shape).numel() for d, shape in spec.values()))
+    return out
+
+
+def reducers(method: ModuleType, config: Any, layout: Layout, widths: Widths) -> list[Callable[[Block], Reducer]]:
+    """What the reverse walk has to reduce; empty where no gradients are needed."""
+    out: list[Callable[[Block], Reducer]] = []
+    if hasattr(method, "reducer") and method.reducer(Block(0, {}, {}, ()), config) is not None:
+        out.append(functools.partial(method.reducer, config=config))
+    if widths.target is not None:
+        grid = Grid(
+            getattr(config, "bits", 4), config.group_size, config.symmetric, layout.scale_dtype,
+            sym_scale=getattr(config, "sym_scale", "full"),
+        )  # fmt: skip
+        out.append(functools.partial(WidthErrors, grid=grid))
+    return out
+
+
+def decide(walk: Reverse, method: ModuleType, config: Any, widths: Widths) -> Choices:
+    """Format params of linears that follow from the reverse walk's results, by full name."""
+    names = [walk.blocks.skeleton.prefix(i) for i in range(len(walk.blocks))]
+    out: dict[str, dict[str, Any]] = {}
+    if hasattr(method, "settle"):
+
+        def results() -> Iterator[Mapping[str, torch.Tensor]]:
+            return (walk.result(i) for i in range(len(walk.blocks)))
+
+        for prefix, block in zip(names, method.settle(results, config), strict=False):
+            out |= {prefix + name: dict(params) for name, params in block.items()}
+    errors: dict[str, list[float]] = {}
+    if widths.target is not None:
+        for i, prefix in enumerate(names):
+            found = {k.removeprefix("widths:"): t.tolist() for k, t in walk.result(i).items() if k.startswith("widths:")}
+            errors |= {prefix + name: row for name, row in found.items()}
+    for name, params in widths.choose(walk.layout, errors).items():
+        out[name] = {**out.get(name, {}), **params}
+    if widths.target is not None:
+        counts = Counter(p["bits"] for p in out.values() if "bits" in p)
+        logger.info("widths chosen: %s", ", ".join(f"{n} linears at {b} bits" for b, n in sorted(counts.items())))
+    return out

@@ -1,0 +1,173 @@
+"""The reverse walk: exact gradients of the mean next-token cross entropy, one block in memory at a time.
+
+    forward   block by block without gradients; every block's inputs are kept, in RAM or on disk
+    head      loss and dL/dhidden, the vocabulary in pieces (`models.head`)
+    backward  last block to first: run again with gradients from the kept input, reduce dyᵀ x of every linear at once, and hand
+              dL/dinput to the block below
+
+The weight gradients of two blocks never lie side by side: a `Reducer` makes of each block's what its method keeps. Every block is a
+resume point. A resumed run replays the forward pass and the backward pass of the finished blocks (without weight gradients), so a
+killed and an unbroken run compute the same numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
+from torch import nn
+
+from compress.checkpoint import dtypes
+from compress.checkpoint.writer import disk_errors, write_file
+from compress.errors import CompressError
+from compress.models.head import Head
+from compress.pipeline import memory
+from compress.pipeline.blocks import Blocks, Tensors
+from compress.pipeline.layout import Layout
+from compress.pipeline.states import Store
+from compress.types import Block, Progress, Reducer
+
+logger = logging.getLogger(__name__)
+_HEAD_TOKENS = 4096  # tokens whose loss is computed together
+Seen = dict[str, tuple[torch.Tensor, torch.Tensor]]  # linear -> its inputs (T, I) and dL/dy (T, O)
+
+
+@dataclass(frozen=True)
+class Reverse:
+    """One reverse walk; nothing in it changes while it runs. Results lie in `folder`, a file per block."""
+
+    blocks: Blocks
+    layout: Layout
+    tokens: torch.Tensor  # (N, T)
+    reducers: Sequence[Callable[[Block], Reducer]]
+    folder: Path
+    states: Path | None  # folder for the kept inputs; None: in RAM
+    progress: Callable[[Progress], None] | None = None
+
+    def path(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.safetensors"
+
+    def result(self, index: int) -> Tensors:
+        """What the reducers kept of a block."""
+        return from_bytes(self.path(index).read_bytes())
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Compute what is missing, from the last block down."""
+        with disk_errors(self.folder):
+            self.folder.mkdir(exist_ok=True)
+        missing = [i for i in range(len(self.blocks)) if not self.path(i).exists()]
+        if not missing:
+            return
+        memory.map_large_tensors()
+        head = Head(self.blocks.skeleton, self.blocks.view, self.blocks.dtype)  # refuses what it does not know, before the work
+        inputs = self._forward()
+        upstream = self._head(head, inputs[-1])
+        last, began = missing[-1], time.monotonic()
+        if last + 1 < len(self.blocks):
+            logger.info("resuming the reverse walk at block %d of %d", last + 1, len(self.blocks))
+        for index in range(len(self.blocks) - 1, -1, -1):
+            start = time.monotonic()
+            upstream = self._block(index, inputs[index], upstream, collect=index <= last)
+            inputs[index].close()
+            memory.trim()
+            if index <= last and self.progress is not None:
+                now = time.monotonic()
+                left = (now - began) / (len(self.blocks) - index) * index
+                self.progress(Progress(index, len(self.blocks), now - start, left, memory.rss()))
+
+    def _forward(self) -> list[Store]:
+        """Every block's inputs, and last the last block's outputs; one (1, T, D) tensor per sample."""
+        blocks = self.blocks
+        kept = [Store(self.states)]
+        for x in blocks.skeleton.embed(blocks.view, self.tokens, 1, blocks.device, blocks.dtype):
+            kept[0].append(x)
+        for index in range(len(blocks)):
+            params = blocks.compute(index, blocks.load(index))
+            kept.append(Store(self.states))
+            for n in range(len(self.tokens)):
+                out = blocks.skeleton.run(index, params, kept[index][n].to(blocks.device))
+                _finite(out, f"block {index}: its output")
+                kept[-1].append(out)
+            del params
+            memory.trim()
+        return kept
+
+    def _head(self, head: Head, hidden: Store) -> Store:
+        """dL/dhidden of every sample."""
+        at_once = max(1, _HEAD_TOKENS // self.tokens.shape[1])
+        out = Store(self.states)
+        for start in range(0, len(self.tokens), at_once):
+            samples = range(start, min(start + at_once, len(self.tokens)))
+            x = torch.cat([hidden[n] for n in samples]).to(self.blocks.device)
+            loss, gradient = head.gradient(x, self.tokens[start : samples.stop])
+            _finite(loss, "the loss")
+            _finite(gradient, "the loss's gradient")
+            for one in gradient.split(1):
+                out.append(one)
+        hidden.close()
+        return out
+
+    def _block(self, index: int, inputs: Store, upstream: Store, collect: bool) -> Store:
+        """dL/dinput of a block for every sample; with `collect`, its reducers' results are written."""
+        blocks = self.blocks
+        block = blocks.split(index, blocks.load(index), self.layout)
+        params = blocks.compute(index, blocks.tensors(block))
+        reducers = [make(block) for make in self.reducers] if collect else []
+        out = Store(self.states)
+        for n in range(len(upstream)):
+            x, dy = inputs[n].to(blocks.device), upstream[n].to(blocks.device)
+            dx, seen = self._backward(index, params, x, dy, tuple(block.weights) if collect else ())
+            for name, pair in seen.items():
+                for reducer in reducers:
+                    reducer.add(name, *pair)
+            _finite(dx, f"block {index}: the gradient of its input")
+            out.append(dx)
+        upstream.close()
+        if collect:
+            kept: Tensors = {}
+            for reducer in reducers:
+                kept |= {name: t.cpu().contiguous() for name, t in reducer.result().items()}
+            write_file(self.path(index), to_bytes(kept))
+        return out
+
+    def _backward(
+        self, index: int, params: Tensors, x: torch.Tensor, dy: torch.Tensor, linears: Sequence[str]
+    ) -> tuple[torch.Tensor, Seen]:
+        """(dL/dx, what every linear saw) of one sample; a linear that is called twice sees both calls' tokens."""
+        calls: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+
+        def note(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+            return lambda _module, args, y: calls.append((name, args[0].detach(), y))
+
+        module = self.blocks.skeleton.blocks[index]
+        handles = [module.get_submodule(name).register_forward_hook(note(name)) for name in linears]
+        try:
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                out = self.blocks.skeleton.run(index, params, x)
+                dx, *grads = torch.autograd.grad(out, [x, *(y for *_, y in calls)], dy, allow_unused=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        seen: Seen = {}
+        for (name, inputs, _), grad in zip(calls, grads, strict=True):
+            if grad is None:  # its output was thrown away
+                continue
+            pair = (inputs.reshape(-1, inputs.shape[-1]), grad.reshape(-1, grad.shape[-1]))
+            seen[name] = (torch.cat([seen[name][0], pair[0]]), torch.cat([seen[name][1], pair[1]])) if name in seen else pair
+        return dx, seen
+
+
+def _finite(tensor: torch.Tensor, what: str) -> None:
+    if not dtypes.finite(tensor):
+        raise CompressError(
+            f"{what} holds NaN or Inf on the calibration text",
+            hint="the checkpoint is damaged, or its dtype overflows: try a bfloat16 or float32 copy",
+        )

@@ -1,0 +1,102 @@
+"""y = x Wᵀ + bias for grouped integers with exact outliers: `prepare` once after loading, then `linear`.
+
+Paths: `int4pack+csr` (`int_grouped`'s CPU kernel, and the outliers' own product added to it) and `tiled` (anything,
+anywhere); `reference` defines what they compute.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from compress_kernels.int_grouped import cpu_int4
+from compress_kernels.int_grouped import reference as int_grouped
+from compress_kernels.int_grouped_outliers import csr, reference, tiled
+
+logger = logging.getLogger(__name__)
+
+FAST = "int4pack+csr"
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One weight, ready to run: the artifact's tensors, and what the chosen path needs."""
+
+    path: str  # the fastest path that can run: "int4pack+csr" or "tiled"
+    bits: int
+    group_size: int
+    parts: tiled.Parts
+    rows: int  # per tile
+    int4: tuple[torch.Tensor, torch.Tensor] | None = None
+    outliers: csr.Outliers | None = None
+    reasons: Mapping[str, str] = field(default_factory=dict)  # faster path -> why it cannot run
+
+
+def prepare(
+    tensors: Mapping[str, torch.Tensor],
+    params: Mapping[str, Any],
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    exact: bool = False,
+) -> Prepared:
+    """Choose a path for a weight of `shape` (O, I), given as the artifact's tensors, and activations of `dtype`.
+
+    Outliers that are damaged raise a ValueError. `exact` keeps to paths that equal the reference up to the order of
+    summation.
+    """
+    bits, group_size = int(params["bits"]), int(params["group_size"])
+    words, packed_zero = tensors["weight_packed"], tensors.get("weight_zero_point")
+    outliers = tensors["outlier_indptr"], tensors["outlier_index"], tensors["outlier_value"]
+    damage = reference.problems(*outliers, shape)
+    if damage:
+        raise ValueError(f"weight of shape {shape[0]} x {shape[1]}: {'; '.join(damage)}")
+    second = "weight_scale" not in tensors
+    rows = tiled.tile_rows(shape, words.device)
+    parts = tiled.Parts(
+        words,
+        tensors["weight_scale_packed" if second else "weight_scale"],
+        tensors.get("weight_scale_offset"),
+        tensors.get("weight_scale_step"),
+        packed_zero,
+        *outliers,
+        tiled.starts(outliers[0], rows),
+    )
+    if group_size == -1:
+        group_size = shape[1]
+    why = "exact results were asked for" if exact else _why_not(bits, group_size, shape, dtype, words.device, second)
+    if why is not None:
+        _say_once(why)
+        return Prepared("tiled", bits, group_size, parts, rows, reasons={FAST: why})
+    zero = None if packed_zero is None else int_grouped.zeros(packed_zero, bits, shape[0])
+    int4 = cpu_int4.prepare(words, parts.scale, zero, shape)
+    return Prepared(FAST, bits, group_size, parts, rows, int4, csr.prepare(*outliers))
+
+
+def _why_not(
+    bits: int, group_size: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, second: bool
+) -> str | None:
+    """None, or the reason why int4pack cannot serve the dense part."""
+    why = cpu_int4.can_run(bits, group_size, shape, dtype, device)
+    return "scales have a second level, int4pack has none" if why is None and second else why
+
+
+def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x (..., I) times Wᵀ plus bias -> (..., O) in x's dtype."""
+    p = prepared
+    few = x.dtype == torch.bfloat16 and x.numel() <= cpu_int4.ROWS_OF_X * x.shape[-1]
+    if p.int4 is not None and p.outliers is not None and few:
+        flat = x.reshape(-1, x.shape[-1]).contiguous()  # int4pack refuses strides
+        y = cpu_int4.linear(flat, *p.int4, p.group_size, None) + csr.product(flat, p.outliers)
+        y = y if bias is None else y + bias
+        return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+    return tiled.linear(x, *p.parts, bias, p.bits, p.rows)
+
+
+@functools.cache
+def _say_once(why: str) -> None:
+    logger.info("int_grouped_outliers: the tiled path runs, not %s: %s", FAST, why)
