@@ -25,7 +25,7 @@ from compress.models.view import CheckpointView
 from compress.pipeline import artifact, layout
 from compress.pipeline.blocks import Blocks
 from compress.pipeline.choices import WIDTH_SAMPLES, Choices, Widths, decide, reducers
-from compress.pipeline.estimate import Estimate, estimate, on_disk
+from compress.pipeline.estimate import Estimate, estimate, on_disk, reverse_bytes, reverse_seconds
 from compress.pipeline.forward import Forward, Walk
 from compress.pipeline.resume import WorkDir, fingerprint, may_replace, tidy
 from compress.pipeline.reverse import Reverse
@@ -81,6 +81,12 @@ class Job:
     def needs_text(self) -> bool:
         """Whether the job reads calibration text."""
         return bool(self.method.CALIBRATED) or self.widths.target is not None
+
+    @property
+    def observes(self) -> bool:
+        """Whether text runs through the blocks while they are compressed."""
+        own = getattr(self.method, "observes", None)
+        return bool(self.method.CALIBRATED if own is None else own(self.config))
 
     @property
     def expand(self) -> int:
@@ -217,8 +223,7 @@ def _walk(
     """Compress every block and finish the shards."""
     writer = CheckpointWriter(work.artifact, job.layout.plan, job.max_shard)
     writer.open(fresh=work.done == 0)
-    observes = job.method.observes(job.config) if hasattr(job.method, "observes") else job.method.CALIBRATED
-    tokens = calibration.expand(calib.tokens, job.expand) if calib is not None and observes else None
+    tokens = calibration.expand(calib.tokens, job.expand) if calib is not None and job.observes else None
     width = job.skeleton.config.get_text_config().hidden_size
     disk = on_disk(states, tokens.numel() if tokens is not None else 0, width, job.dtype)
     walk = Walk(
@@ -250,9 +255,16 @@ def dry_run(
         target_bpw=target_bpw,
     )  # fmt: skip
     size = sum(s.size for s in plan_shards(job.layout.plan, job.max_shard))
-    tokens = job.nsamples * job.expand * (job.seqlen or 0) if job.needs_text else 0
+    tokens = job.nsamples * job.expand * (job.seqlen or 0) if job.observes else 0
     windows = (tokens, job.batch_size, job.seqlen or 0)
-    return estimate(job.skeleton, job.view, job.layout, job.method, job.config, size, *windows, job.dtype, states)
+    found = estimate(job.skeleton, job.view, job.layout, job.method, job.config, size, *windows, job.dtype, states)
+    makers = reducers(job.method, job.config, job.layout, job.widths)
+    if not makers or job.seqlen is None:
+        return found
+    samples = min(job.nsamples, getattr(job.config, "samples", WIDTH_SAMPLES))
+    peak = reverse_bytes(job.skeleton, job.view, len(makers), samples, job.seqlen, job.dtype, states)
+    seconds = reverse_seconds(job.layout, samples * job.seqlen, 4 if target_bpw is not None else 0)
+    return dataclasses.replace(found, peak_memory=max(found.peak_memory, peak), seconds=found.seconds + seconds)
 
 
 def _calibrate(job: Job, dataset: str | Path | None, seed: int | None, trust_remote_code: bool) -> calibration.Calibration:

@@ -27,6 +27,8 @@ OPTIONS = {
     "awq": {"method": "awq", "bits": 3, "group_size": 64, "nsamples": 8, "seqlen": 128, "grid": 4, "keep": 2, "clip_steps": 2},
     "gptq": {"method": "gptq", "bits": 3, "group_size": 64, "nsamples": 8, "seqlen": 128},
     "rsq": {"method": "rsq", "bits": 3, "group_size": 64, "nsamples": 8, "seqlen": 128},
+    "gwq": {"method": "gwq", "nsamples": 8, "seqlen": 128},
+    "widths": {"method": "rtn", "group_size": 64, "nsamples": 8, "seqlen": 128, "target_bpw": 4.0},
 }
 
 
@@ -57,7 +59,7 @@ def measure(folder: Path, out: Path, method: str) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["rtn", "awq"])
+@pytest.mark.parametrize("method", ["rtn", "awq", "gwq"])
 def test_depth_costs_no_memory_and_the_dry_run_foretells_it(method: str, wide: dict[int, Path], tmp_path: Path) -> None:
     shallow, deep = (measure(wide[blocks], tmp_path / str(blocks), method) for blocks in (2, 6))
     assert deep["peak"] < 1.08 * shallow["peak"]  # four more blocks are 210 MB on disk and 420 MB in fp32
@@ -68,7 +70,7 @@ def test_depth_costs_no_memory_and_the_dry_run_foretells_it(method: str, wide: d
 
 @pytest.mark.parametrize("method", list(OPTIONS))
 def test_the_dry_run_foretells_the_memory_of_the_example(method: str, tmp_path: Path) -> None:
-    options = {**OPTIONS[method], "group_size": 32}
+    options = {**OPTIONS[method], **({} if method == "gwq" else {"group_size": 32})}
     done = python(RUN, EXAMPLE, tmp_path / "out", json.dumps(options))
     assert done.returncode == 0, done.stderr
     run = json.loads(done.stdout.splitlines()[-1])

@@ -6,8 +6,9 @@ L_n is the mean next-token cross entropy of sample n, E a 16-bit dtype. Only the
 known: gradients locate the top 1 %, these stay in 16 bits, the average is below 4 bits, one calibration sample suffices. Everything
 else is our choice (docs/gwq.md, with the ablation): |g| per sample, an exact count per tensor, groups of 16 fitted to the weights
 that are not kept, 3-bit scales over 16 rows (SpQR, arXiv 2306.03078), plain rounding. `quality` rounds with GPTQ's compensation
-around the kept weights, which are then kept as compensated; a row never ends above plain rounding on the same grid, nor a linear
-above the plain mode. The other scores are what to compare with: magnitude, random, hessian (SpQR's (w - Q(w))² / U_cc²).
+around the kept weights, which are then kept as compensated (damping 1, as SpQR); a row never ends above plain rounding on the same
+grid, nor a linear above the plain mode. `abs-ge` is ours: |g| times the rounding error. The other scores are what to compare with:
+magnitude, random, hessian (SpQR's (w - Q(w))² / U_cc²).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Config:
     second_level: str = field(default="auto", metadata={"help": "3-bit scales over 16 rows: on, off, auto (groups of at most 32)"})
     clip: bool = field(default=True, metadata={"help": "shrink each group's range to the least squared error"})
     quality: bool = field(default=False, metadata={"help": "GPTQ compensation around the kept weights, fitted ranges"})
-    damp: float = field(default=0.01, metadata={"help": "share of the mean diagonal added to the Hessian (quality, score hessian)"})
+    damp: float = field(default=1.0, metadata={"help": "share of the mean diagonal added to the Hessian (quality, score hessian)"})
 
     def __post_init__(self) -> None:
         check_grid(self.bits, self.group_size, "full")
@@ -65,7 +66,7 @@ class Config:
         if self.samples < 1:
             raise CompressError(f"--samples {self.samples} is not a number of windows", hint="1 is the paper's", usage=True)
         if not 0 <= self.damp <= 10:
-            raise CompressError("--damp must be in 0..10", hint="0.01 is usual", usage=True)
+            raise CompressError("--damp must be in 0..10", hint="1 is SpQR's", usage=True)
         if self.scope == "global" and self.score not in GRADIENT:
             raise CompressError(f"--scope global needs a gradient score, not {self.score}", hint="--score abs", usage=True)
 

@@ -56,7 +56,8 @@ def estimate(
     if tokens:
         peak += _data_bytes(skeleton, layout, method, config, tokens, batch_size, seqlen, dtype, states, elements, largest)
     else:
-        peak += 13 * largest  # fp32 copies and codes of one linear, measured
+        scratch = method.workspace(_meta_block(skeleton, layout), config) if hasattr(method, "workspace") else 0
+        peak += max(scratch, 13 * largest)  # fp32 copies and codes of one linear, measured
     peak = max(peak, rss() + 2 * min(max(rest, default=0), 64 << 20))
     return Estimate(
         size,
@@ -67,9 +68,33 @@ def estimate(
     )
 
 
+def reverse_bytes(
+    skeleton: Skeleton, view: CheckpointView, reducers: int, samples: int, seqlen: int, dtype: torch.dtype, states: str
+) -> int:  # fmt: skip
+    """Peak of a reverse walk: a block in the compute dtype, its activations and gradients, scores, and every block's inputs."""
+    blocks = range(len(skeleton.blocks))
+    elements, stored, largest = max((_block_bytes(skeleton, view, i) for i in blocks), key=lambda t: t[0])
+    config = skeleton.config.get_text_config()
+    outputs = sum(shape[0] + shape[1] for shape in skeleton.linears(0).values())
+    activations = 3 * seqlen * outputs * dtype.itemsize
+    width = config.hidden_size
+    disk = on_disk(states, samples * seqlen * (len(blocks) + 1) // 3, width, dtype)
+    kept = 0 if disk else samples * seqlen * width * dtype.itemsize * (len(blocks) + 3)
+    scores = reducers * 8 * elements + 12 * largest
+    head = 4 * min(8192, config.vocab_size) * (width + 2 * 2048) + 24 * min(samples * seqlen, 4096) * width
+    return rss() + max(stored + elements * dtype.itemsize + activations + scores, head) + kept
+
+
 def packed_bytes(packed: dict[str, int], skeleton: Skeleton) -> int:
     """Packed bytes of the average block."""
     return sum(packed.values()) // len(skeleton.blocks)
+
+
+def _meta_block(skeleton: Skeleton, layout: Layout) -> Block:
+    """The first block without its weights' values."""
+    prefix = skeleton.prefix(0)
+    meta = {n: torch.empty(s, device="meta") for n, s in skeleton.linears(0).items() if prefix + n in layout.targets}
+    return Block(0, meta, {}, skeleton.groups(0), skeleton.scalings(), skeleton.no_clip(0))
 
 
 def _data_bytes(
@@ -77,9 +102,7 @@ def _data_bytes(
     dtype: torch.dtype, states: str, elements: int, largest: int,
 ) -> int:  # fmt: skip
     shapes = skeleton.linears(0)
-    prefix = skeleton.prefix(0)
-    meta = {n: torch.empty(s, device="meta") for n, s in shapes.items() if prefix + n in layout.targets}
-    block = Block(0, meta, {}, skeleton.groups(0), skeleton.scalings(), skeleton.no_clip(0))
+    block = _meta_block(skeleton, layout)
     collect = method.collects(block, config)
     width = skeleton.config.get_text_config().hidden_size
     statistics = 0
@@ -97,14 +120,25 @@ def _data_bytes(
     return statistics + kept + activations + elements * dtype.itemsize + max(scratch, rotated)
 
 
-def _seconds(method: ModuleType, config: Any, weights: int, tokens: int, size: int) -> float:
-    """From a matrix product and a pass over memory measured now; a rough guide."""
+def reverse_seconds(layout: Layout, tokens: int, widths: int) -> float:
+    """A forward pass, one with gradients, a product per linear for the scores, and one per width that is tried."""
+    weights = sum(t.shape[0] * t.shape[1] for t in layout.targets.values())
+    return 2 * weights * tokens * (4 + widths) / _flops() + weights * 4.5e-8 * widths
+
+
+def _flops() -> float:
+    """Of a matrix product, measured now."""
     a = torch.randn(512, 512)
     a @ a
     start = time.perf_counter()
     for _ in range(4):
         a @ a
-    flops = 4 * 2 * 512**3 / (time.perf_counter() - start)
+    return 4 * 2 * 512**3 / (time.perf_counter() - start)
+
+
+def _seconds(method: ModuleType, config: Any, weights: int, tokens: int, size: int) -> float:
+    """From a matrix product measured now; a rough guide."""
+    flops = _flops()
     rounding = weights * 4.5e-8
     if not tokens:
         return rounding + size / 3e8
