@@ -6,7 +6,8 @@
 The first form measures (SmolLM2 as in benchmarks/compare_awq.py: 16 calibration windows x 512 of the built-in text, 60 windows x
 512 of WikiText-2; groups of 64; --stories instead: the shipped checkpoint, groups of 32, TinyStories) and appends to
 benchmarks/results/quality.jsonl; what is there already is not measured again. The second writes the tables from that file.
-PEER as in compare_awq.py; its GPTQ and AWQ run on the same windows.
+PEER as in compare_awq.py; its GPTQ and AWQ run on the same windows. --mixed instead measures GWQ (groups of 16, 1 % of the weights
+kept) and mixed widths, which are compared by the bits that they really take.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,12 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "rsq --importance none": ("rsq", {"importance": "none"}),
     "rsq": ("rsq", {}),
 }
+MIXED: dict[str, tuple[str, int, dict[str, Any]]] = {  # method, bits, options
+    **{f"gwq, {b}-bit base": ("gwq", b, {"group_size": 16}) for b in (3, 4)},
+    **{f"gwq --quality, {b}-bit base": ("gwq", b, {"group_size": 16, "quality": True}) for b in (3, 4)},
+    "gwq --quality --score abs-ge, 3-bit base": ("gwq", 3, {"group_size": 16, "quality": True, "score": "abs-ge"}),
+    **{f"{m} --target-bpw {t}": (m, 3, {"target_bpw": t}) for t in (3.0, 3.547, 4.0) for m in ("rtn", "gptq", "rsq")},
+}
 
 
 def setting(stories: bool, model: Path) -> dict[str, Any]:
@@ -52,15 +60,13 @@ def setting(stories: bool, model: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(name: str, bits: int, symmetric: bool, what: dict[str, Any]) -> dict[str, Any]:
+def measure(method: str, bits: int, symmetric: bool, what: dict[str, Any], **options: Any) -> dict[str, Any]:
     """One job of ours."""
-    method, options = JOBS[name]
-    data = {} if method == "rtn" else what["data"]
+    data = {} if method == "rtn" and "target_bpw" not in options else what["data"]
+    options = {"group_size": what["group_size"], **options}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        report = compress.quantize(
-            what["model"], method, out, bits=bits, group_size=what["group_size"], symmetric=symmetric, **data, **options
-        )
+        report = compress.quantize(what["model"], method, out, bits=bits, symmetric=symmetric, **data, **options)
         value = compress.evaluate(out, text=what["text"], **what["eval"])["perplexity"].value
     return {"perplexity": value, "seconds": report.seconds, "bits_per_weight": report.bits_per_weight}
 
@@ -72,6 +78,7 @@ def main() -> None:
     parser.add_argument("--peer-python", help="python of an environment with llmcompressor")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--symmetric", action="store_true")
+    parser.add_argument("--mixed", action="store_true", help="GWQ and mixed widths")
     parser.add_argument("--only", help="names of jobs, separated by semicolons")
     parser.add_argument("--render", action="store_true", help="only write docs/quality.md from the results")
     args = parser.parse_args()
@@ -80,24 +87,37 @@ def main() -> None:
         return
     what = setting(args.stories, args.model)
     label = "stories15M" if args.stories else "SmolLM2-135M"
-    wanted = [n.strip() for n in args.only.split(";")] if args.only else list(JOBS)
-    done = {(r["model"], r["job"], r["bits"], r["symmetric"]) for r in load()}
+    wanted = [n.strip() for n in args.only.split(";")] if args.only else list(MIXED if args.mixed else JOBS)
+    if args.mixed:
+        for name in wanted:
+            method, bits, options = MIXED[name]
+            note(label, name, bits, False, what, lambda m=method, b=bits, o=options: measure(m, b, False, what, **o))
+        return
     for bits in args.bits:
         peers = ("llm-compressor gptq", "llm-compressor awq") if args.peer_python and not args.stories else ()
         for name in (*wanted, *peers):
-            key = (label, name, bits, args.symmetric)
-            if key in done:
-                continue
             if name in JOBS:
-                found = measure(name, bits, args.symmetric, what)
+                method, options = JOBS[name]
+                run = lambda m=method, b=bits, o=options: measure(m, b, args.symmetric, what, **o)  # noqa: E731
             else:
-                found = peer(args.peer_python, args.model, 2, name.split()[1], bits, what["group_size"], args.symmetric)
-                found = {k: found[k] for k in ("perplexity", "seconds")}
-            row = dict(zip(("model", "job", "bits", "symmetric"), key, strict=True))
-            row |= {"group_size": what["group_size"], **found}
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(f"{label} {name:24s} W{bits} {row['perplexity']:9.3f} {row['seconds']:6.0f} s", file=sys.stderr, flush=True)
+                run = lambda m=name.split()[1], b=bits: theirs(args, m, b, what["group_size"])  # noqa: E731
+            note(label, name, bits, args.symmetric, what, run)
+
+
+def theirs(args: argparse.Namespace, method: str, bits: int, group_size: int) -> dict[str, Any]:
+    """One job of the peer."""
+    found = peer(args.peer_python, args.model, 2, method, bits, group_size, args.symmetric)
+    return {k: found[k] for k in ("perplexity", "seconds")}
+
+
+def note(label: str, name: str, bits: int, symmetric: bool, what: dict[str, Any], run: Callable[[], dict[str, Any]]) -> None:
+    """Run a job that has no row yet, and append its row."""
+    if (label, name, bits, symmetric) in {(r["model"], r["job"], r["bits"], r["symmetric"]) for r in load()}:
+        return
+    row = {"model": label, "job": name, "bits": bits, "symmetric": symmetric, "group_size": what["group_size"], **run()}
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(f"{label} {name:24s} W{bits} {row['perplexity']:9.3f} {row['seconds']:6.0f} s", file=sys.stderr, flush=True)
 
 
 def load() -> list[dict[str, Any]]:
@@ -113,7 +133,7 @@ def render(rows: list[dict[str, Any]]) -> str:
         "the rows are in `benchmarks/results/quality.jsonl`. One small model and one text each: a comparison, not a promise.", "",
     ]  # fmt: skip
     for model, symmetric in sorted({(r["model"], r["symmetric"]) for r in rows}):
-        part = [r for r in rows if (r["model"], r["symmetric"]) == (model, symmetric)]
+        part = [r for r in rows if (r["model"], r["symmetric"]) == (model, symmetric) and r["job"] not in MIXED]
         widths = sorted({r["bits"] for r in part}, reverse=True)
         kind = "symmetric" if symmetric else "asymmetric"
         lines += [f"## {model}, groups of {part[0]['group_size']}, {kind}", ""]
@@ -123,7 +143,24 @@ def render(rows: list[dict[str, Any]]) -> str:
             if found:
                 lines.append(f"| {job} | " + " | ".join(found.get(b, "") for b in widths) + " |")
         lines.append("")
+    lines += mixed(rows)
     return "\n".join(lines)
+
+
+def mixed(rows: list[dict[str, Any]]) -> list[str]:
+    """GWQ and mixed widths beside uniform jobs, by the bits that they take."""
+    uniform = ("rtn", "gptq", "rsq")
+    lines = ["## By the bits that are stored", "", "GWQ: groups of 16 with 3-bit scales, 1 % of the weights in 16 bits. "
+             "`--target-bpw`: each linear 2, 3, 4 or 8 bits, groups as above. Scales, zero-points and outliers are counted.", ""]  # fmt: skip
+    for model in sorted({r["model"] for r in rows if r["job"] in MIXED}):
+        part = [r for r in rows if r["model"] == model and not r["symmetric"] and "bits_per_weight" in r]
+        part = [r for r in part if r["job"] in MIXED or (r["job"] in uniform and r["bits"] > 2)]
+        lines += [f"### {model}", "", "| bits per weight | job | perplexity |", "| --- | --- | --- |"]
+        for r in sorted(part, key=lambda r: (round(r["bits_per_weight"], 2), -r["perplexity"])):
+            name = r["job"] if r["job"] in MIXED else f"{r['job']}, W{r['bits']} groups of {r['group_size']}"
+            lines.append(f"| {r['bits_per_weight']:.2f} | {name} | {r['perplexity']:.2f} |")
+        lines.append("")
+    return lines
 
 
 if __name__ == "__main__":
