@@ -3,8 +3,8 @@
     python benchmarks/gwq_ablation.py --model out/SmolLM2-135M-Instruct      # or --stories: the shipped checkpoint
     python benchmarks/gwq_ablation.py --render
 
-Protocols as in benchmarks/quality.py (calibration windows, evaluation windows). Every job: 3 bits asymmetric, groups of 16 with 3-bit
-scales, 1 % of the weights kept, 16 calibration windows, unless its name says otherwise. Rows go to
+Protocols as in benchmarks/quality.py (calibration windows, evaluation windows). Every job: 3 bits asymmetric, groups of 16 with
+3-bit scales, 1 % of the weights kept, 16 windows for gradients, unless its name says otherwise. Rows go to
 benchmarks/results/gwq_ablation.jsonl; what is there already is not measured again.
 """
 

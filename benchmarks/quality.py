@@ -100,7 +100,7 @@ def main() -> None:
                 method, options = JOBS[name]
                 run = lambda m=method, b=bits, o=options: measure(m, b, args.symmetric, what, **o)  # noqa: E731
             else:
-                run = lambda m=name.split()[1], b=bits: theirs(args, m, b, what["group_size"])  # noqa: E731
+                run = lambda n=name, b=bits: theirs(args, n.split()[1], b, what["group_size"])  # noqa: E731
             note(label, name, bits, args.symmetric, what, run)
 
 
@@ -150,8 +150,11 @@ def render(rows: list[dict[str, Any]]) -> str:
 def mixed(rows: list[dict[str, Any]]) -> list[str]:
     """GWQ and mixed widths beside uniform jobs, by the bits that they take."""
     uniform = ("rtn", "gptq", "rsq")
-    lines = ["## By the bits that are stored", "", "GWQ: groups of 16 with 3-bit scales, 1 % of the weights in 16 bits. "
-             "`--target-bpw`: each linear 2, 3, 4 or 8 bits, groups as above. Scales, zero-points and outliers are counted.", ""]  # fmt: skip
+    lines = [
+        "## By the bits that are stored", "",
+        "GWQ: groups of 16 with 3-bit scales, 1 % of the weights in 16 bits. `--target-bpw`: each linear 2, 3, 4 or 8 bits, groups",
+        "as above. Scales, zero-points and outliers are counted.", "",
+    ]  # fmt: skip
     for model in sorted({r["model"] for r in rows if r["job"] in MIXED}):
         part = [r for r in rows if r["model"] == model and not r["symmetric"] and "bits_per_weight" in r]
         part = [r for r in part if r["job"] in MIXED or (r["job"] in uniform and r["bits"] > 2)]

@@ -46,7 +46,7 @@ class Widths:
                     f"--layer-config {rule!r} is not PATTERN=BITS with 2, 3, 4 or 8 bits",
                     hint="such as 're:.*down_proj=8'; --ignore leaves a linear dense", usage=True,
                 )  # fmt: skip
-            test = matcher((pattern,))
+            test = matcher((pattern,), "--layer-config")
             found = [name for name in layout.targets if test(name)]
             if not found:
                 hint = "names look like " + next(iter(layout.targets))
@@ -58,6 +58,8 @@ class Widths:
         """Refuse a budget that no choice meets, or that a format cannot use."""
         if self.target is None:
             return
+        if not 0 < self.target <= 64:
+            raise CompressError(f"--target-bpw {self.target} is not a number of bits", hint="such as 4.25", usage=True)
         if layout.name == "awq":
             raise CompressError("--target-bpw mixes widths, --format awq has 4 bits", hint="use the default format", usage=True)
         fixed = self.fixed(layout)

@@ -85,8 +85,8 @@ def dense(packed: Packed) -> torch.Tensor:
     return W
 
 
-def matcher(patterns: tuple[str, ...]) -> Callable[[str], list[str]]:
-    """A function that returns the patterns (`re:…` or a full name) that a module name matches."""
+def matcher(patterns: tuple[str, ...], option: str = "--ignore") -> Callable[[str], list[str]]:
+    """A function that returns the patterns (`re:…` or a full name) that a module name matches; `option` gave them."""
     compiled: list[tuple[str, re.Pattern[str]]] = []
     for pattern in patterns:
         try:
@@ -94,7 +94,7 @@ def matcher(patterns: tuple[str, ...]) -> Callable[[str], list[str]]:
             compiled.append((pattern, re.compile(text)))
         except re.error as error:
             raise CompressError(
-                f"--ignore {pattern!r} is not a regular expression ({error})", hint="quote it", usage=True
+                f"{option} {pattern!r} is not a regular expression ({error})", hint="quote it", usage=True
             ) from error
     return lambda name: [p for p, c in compiled if c.fullmatch(name)]
 
@@ -129,7 +129,17 @@ def make(
         else:
             spec = module.spec(target.params, target.shape, dtype)
             plan += [Planned(f"{target.name}.{suffix}", d, shape) for suffix, (d, shape) in spec.items()]
-    return Layout(layout, packs, targets, tuple(plan), own or (conv1d and layout == "pack-quantized"), cast)
+    guarded = own or (layout == "pack-quantized" and (conv1d or _mixed(targets)))
+    return Layout(layout, packs, targets, tuple(plan), guarded, cast)
+
+
+def _mixed(targets: Mapping[str, Target]) -> bool:
+    """Whether stock transformers would read linears of several widths with one of them, without an error.
+
+    Asymmetric ones it dequantizes at load, by one group of the config (5.24, `integrations/compressed_tensors.py:
+    get_dense_scheme`).
+    """
+    return len({t.params["bits"] for t in targets.values()}) > 1 and not all(t.params["symmetric"] for t in targets.values())
 
 
 def _unreadable(params: Mapping[str, Any], shape: tuple[int, int]) -> bool:
