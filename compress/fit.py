@@ -22,7 +22,7 @@ from compress.errors import CompressError, nearest
 from compress.models import rotate
 from compress.models.skeleton import Skeleton, load_config
 from compress.models.view import CheckpointView
-from compress.pipeline import artifact, layout
+from compress.pipeline import artifact, layout, memory
 from compress.pipeline.blocks import Blocks
 from compress.pipeline.choices import WIDTH_SAMPLES, Choices, Widths, decide, reducers
 from compress.pipeline.estimate import Estimate, estimate, on_disk, reverse_bytes, reverse_seconds
@@ -190,8 +190,9 @@ def quantize(
     resumed = work.done > 0
     try:
         _check_space(work, plan_shards(job.layout.plan, job.max_shard))
-        job, located = _decide(job, calib, work, states, progress)
-        _walk(job, calib, work, states, progress, located)
+        with memory.long_run():
+            job, located = _decide(job, calib, work, states, progress)
+            _walk(job, calib, work, states, progress, located)
         _finish(job, work, {**facts, "job": mark, "format": format})
         work.publish(out, keep=work_dir is not None, replace=replace)
     finally:

@@ -6,6 +6,7 @@ import torch
 
 from compress.types import Stat
 
+_SLICES = 4  # columns of the second moments that are added up together
 
 class InputStats:
     """Statistics of one input of I channels over T tokens, in fp32.
@@ -20,6 +21,7 @@ class InputStats:
         self._abs = torch.zeros(0)
         self._blocks: torch.Tensor | None = None  # (G, g, g)
         self._H: torch.Tensor | None = None  # (I, I)
+        self._mirrored = True
         self._X: list[torch.Tensor] | None = [] if Stat.GRAM in want and tokens <= inputs else None
 
     def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
@@ -36,12 +38,30 @@ class InputStats:
         elif Stat.GRAM in self._want:
             if self._H is None:
                 self._H = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-            self._H.addmm_(x.T, x)
+            self._add(x)
         elif Stat.GROUP_GRAM in self._want:
             part = x.view(x.shape[0], -1, self._group).transpose(0, 1)  # (G, T, g)
             if self._blocks is None:
                 self._blocks = torch.zeros(part.shape[0], self._group, self._group, device=x.device)
             self._blocks.baddbmm_(part.transpose(1, 2), part)
+
+    def _add(self, x: torch.Tensor) -> None:
+        """Add xᵀ x to the lower triangle, and a little more: a product of four slices instead of the whole, 5/8 of the work."""
+        assert self._H is not None
+        step = -(-x.shape[1] // _SLICES)
+        for start in range(0, x.shape[1], step):
+            self._H[start:, start : start + step].addmm_(x[:, start:].T, x[:, start : start + step])
+        self._mirrored = False
+
+    def _whole(self) -> torch.Tensor:
+        """The second moments' sum (I, I), its upper triangle made from the lower one."""
+        assert self._H is not None, "GRAM was not collected"
+        if not self._mirrored:
+            step = -(-self._H.shape[0] // _SLICES)
+            for start in range(0, self._H.shape[0], step):
+                self._H[start : start + step, start + step :] = self._H[start + step :, start : start + step].T
+            self._mirrored = True
+        return self._H
 
     def absmean(self) -> torch.Tensor:
         """Mean |x| per channel (I,), fp32."""
@@ -51,8 +71,7 @@ class InputStats:
         """Mean over tokens of |D x|^2 for D (O, I)."""
         if self._X is not None:
             return sum(float((x @ D.T).square().sum(dtype=torch.float64)) for x in self._X) / self.tokens
-        assert self._H is not None, "GRAM was not collected"
-        return float(((D @ self._H) * D).sum(dtype=torch.float64)) / self.tokens
+        return float(((D @ self._whole()) * D).sum(dtype=torch.float64)) / self.tokens
 
     def hessian(self) -> torch.Tensor:
         """Mean over tokens of x xᵀ, (I, I), in memory of its own: GPTQ's Hessian up to a factor, which changes nothing."""
@@ -61,8 +80,7 @@ class InputStats:
             for x in self._X:
                 H.addmm_(x.T, x)
             return H.div_(self.tokens)
-        assert self._H is not None, "GRAM was not collected"
-        return self._H / self.tokens
+        return self._whole() / self.tokens
 
     def group_gram(self) -> torch.Tensor:
         """Mean over tokens of x xᵀ inside each group of channels, (G, g, g)."""
@@ -73,7 +91,7 @@ class InputStats:
                 total.baddbmm_(part.transpose(1, 2), part)
         elif self._H is not None:
             G = self._H.shape[0] // self._group
-            grid = self._H.view(G, self._group, G, self._group)
+            grid = self._whole().view(G, self._group, G, self._group)
             total = grid.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
         else:
             assert self._blocks is not None, "GROUP_GRAM was not collected"

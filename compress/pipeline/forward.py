@@ -117,7 +117,6 @@ class Forward:
     def run(self) -> None:
         """Compress every block from the resume point on, then copy the rest."""
         walk, blocks = self.walk, len(self.walk.skeleton.blocks)
-        memory.map_large_tensors()
         done = self.work.done
         if done < blocks and walk.tokens is not None:
             self._start(done)
@@ -195,7 +194,7 @@ class Forward:
             if number + 1 < len(stages):
                 params |= self.blocks.params(index, self._linears(part, found))
         del params
-        if self.propagate:
+        if self.propagate and index + 1 < len(self.blocks):  # nobody reads the last block's outputs
             self._advance(index, self.blocks.compute(index, self._as_stored(block, result)))
         return result
 

@@ -65,7 +65,6 @@ class Reverse:
         missing = [i for i in range(len(self.blocks)) if not self.path(i).exists()]
         if not missing:
             return
-        memory.map_large_tensors()
         head = Head(self.blocks.skeleton, self.blocks.view, self.blocks.dtype)  # refuses what it does not know, before the work
         inputs = self._forward()
         upstream = self._head(head, inputs[-1])
