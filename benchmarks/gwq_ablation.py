@@ -34,7 +34,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "unclipped ranges": {"clip": False},
     "0.5 %": {"fraction": 0.005},
     "2 %": {"fraction": 0.02},
-    "groups of 128, plain scales": {"group_size": 128},
+    "groups of 96, plain scales": {"group_size": 96},
     "plain scales": {"second_level": "off"},
 }
 

@@ -155,6 +155,28 @@ def test_the_others_are_on_a_grid_of_their_own_range(symmetric: bool, dtype: tor
     assert float(fitted.scale.median()) < float(full.median())
 
 
+def test_the_rest_is_rounded_by_the_book(tmp_path: Path) -> None:
+    """Group by group in float64, as docs/gwq.md describes it, without clipping and without the second level."""
+    compress.quantize(EXAMPLE, "gwq", tmp_path / "out", clip=False, second_level="off", **DATA)
+    W_hat, parts = weights(tmp_path / "out", "model.layers.0.self_attn.k_proj")
+    W = CheckpointReader(EXAMPLE).read("model.layers.0.self_attn.k_proj.weight").double()
+    kept = _outliers.mask(parts.index, W.shape)
+    assert parts.zero is not None
+    for o in range(0, 288, 37):
+        for k in range(18):
+            at = slice(16 * k, 16 * k + 16)
+            others = W[o, at][~kept[o, at]]
+            lo, hi = min(float(others.min()), 0.0), max(float(others.max()), 0.0)
+            scale = float(torch.tensor((hi - lo) / 7, dtype=torch.float32).half())
+            zero = min(max(round(-lo / scale), 0), 7)
+            assert float(parts.scale[o, k]) == scale
+            assert int(parts.zero[o, k]) == zero
+            want = ((others / scale).round() + zero).clamp(0, 7)
+            assert torch.equal(parts.q[o, at][~kept[o, at]].double(), want)
+            assert torch.equal(W_hat[o, at][~kept[o, at]].double(), (want - zero) * scale)
+            assert torch.equal(W_hat[o, at][kept[o, at]].double(), W[o, at][kept[o, at]])
+
+
 def test_quantized_scales_are_within_half_a_step_and_skip_empty_groups() -> None:
     g = torch.Generator().manual_seed(0)
     scale = torch.rand(50, 6, generator=g) * 0.01 + 0.005
