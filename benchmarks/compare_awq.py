@@ -36,6 +36,7 @@ import json, os, resource, sys, time
 from pathlib import Path
 import torch, transformers, accelerate, safetensors
 import transformers.models.llama.modeling_llama
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # the peer's script has them imported by then, too
 import compress.fit
 torch.set_num_threads(int(sys.argv[4]))
 base = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9

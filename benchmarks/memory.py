@@ -1,10 +1,11 @@
-"""Peak memory on a checkpoint larger than the limit: RTN over all blocks, AWQ over a few, resident memory block by block.
+"""Peak memory on a checkpoint larger than the limit: RTN and GWQ over all blocks, AWQ over a few, block by block.
 
     python benchmarks/random_checkpoint.py --shape llama3-8b --blocks 32 --out BIG      # 16 GB
-    python benchmarks/memory.py --model BIG [--awq-model BIG4] [--limit-gb 4] [--plot memory.png]
+    python benchmarks/memory.py --model BIG [--awq-model BIG4] [--methods rtn awq gwq] [--limit-gb 4] [--plot memory.png]
 
---awq-model may be a shallower checkpoint of the same shapes; the AWQ job uses 4 windows of 128 tokens. What is measured is the
-resident memory of the whole process, libraries included: ru_maxrss at the end, and after every block. Exits 1 above the limit.
+--awq-model may be a shallower checkpoint of the same shapes. The AWQ job uses 4 windows of 128 tokens; the GWQ job, a reverse walk
+over every block and then a forward one, 2 windows of 128. What is measured is the resident memory of the whole process, libraries
+included: ru_maxrss at the end, and after every block. Exits 1 above the limit.
 Results are appended to benchmarks/results/memory.jsonl.
 """
 
@@ -29,7 +30,7 @@ method = options.pop("method")
 predicted = compress.fit.dry_run(sys.argv[1], method, **{k: v for k, v in options.items() if k != "dataset"})
 rows = []
 def note(p):
-    rows.append({"block": p.block, "rss_gb": p.rss / 1e9, "seconds": p.seconds})
+    rows.append({"block": p.block, "rss_gb": p.rss / 1e9, "seconds": p.seconds, "reverse": p.error is None})
     print(f"  block {p.block + 1}/{p.blocks}  {p.rss / 1e9:.2f} GB  {p.seconds:.1f} s", file=sys.stderr, flush=True)
 report = compress.fit.quantize(sys.argv[1], method, sys.argv[2], progress=note, **options)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -53,8 +54,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     for row in rows:
-        plt.plot([b["block"] for b in row["blocks"]], [b["rss_gb"] for b in row["blocks"]], marker=".", label=row["method"])
-    plt.xlabel("block")
+        plt.plot([b["rss_gb"] for b in row["blocks"]], marker=".", label=row["method"])
+    plt.xlabel("blocks done (gwq: the reverse walk, then the forward one)")
     plt.ylabel("resident memory after the block, GB")
     plt.ylim(0)
     plt.legend()
@@ -65,13 +66,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="peak memory on a large checkpoint")
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--awq-model", type=Path, help="a shallower checkpoint for the AWQ job")
+    parser.add_argument("--methods", nargs="+", choices=("rtn", "awq", "gwq"), default=["rtn", "awq", "gwq"])
     parser.add_argument("--limit-gb", type=float, default=4.0)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    rows = [
-        run(args.model, "rtn", bits=4, group_size=128),
-        run(args.awq_model or args.model, "awq", bits=4, group_size=128, nsamples=4, seqlen=128),
-    ]
+    jobs = {
+        "rtn": (args.model, {"bits": 4, "group_size": 128}),
+        "awq": (args.awq_model or args.model, {"bits": 4, "group_size": 128, "nsamples": 4, "seqlen": 128}),
+        "gwq": (args.model, {"nsamples": 2, "seqlen": 128}),
+    }
+    rows = [run(jobs[method][0], method, **jobs[method][1]) for method in args.methods]
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -66,7 +66,7 @@ def _widths(linears: dict[str, dict[str, Any]]) -> dict[str, dict[int, int]]:
     out: dict[str, dict[int, int]] = {}
     for name, entry in linears.items():
         counts = out.setdefault(name.rsplit(".", 1)[-1], {})
-        bits = int(entry["params"]["bits"])
+        bits = entry["params"].get("bits", 0)
         counts[bits] = counts.get(bits, 0) + 1
     return out if len({bits for counts in out.values() for bits in counts}) > 1 else {}
 
@@ -80,13 +80,18 @@ def verify(folder: Path) -> list[str]:
     reader = CheckpointReader(folder)
     expected: dict[str, tuple[str | None, tuple[int, ...]]] = {n: (None, reader.shape(n)) for n in known["extra"] if n in reader}
     skeleton = _skeleton(folder)
+    floats = {n.rpartition(".")[0]: reader.dtype(n) for n in reader.names if _is_float(reader, n)}
     for name, shape in skeleton.parameters().items():
         entry = known["linears"].get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if entry is None or entry["kind"] == "dense":
             expected[name] = (None, shape)
         else:
-            module, linear = registry.by_kind(entry["kind"]), name.removesuffix(".weight")
-            spec = module.spec(entry["params"], tuple(entry["shape"]), _float_dtype(reader, linear))
+            linear = name.removesuffix(".weight")
+            try:
+                spec = registry.by_kind(entry["kind"]).spec(entry["params"], tuple(entry["shape"]), floats.get(linear, "F16"))
+            except (KeyError, TypeError, ValueError) as error:
+                hint = "it was edited: copy the artifact again"
+                raise CompressError(f"manifest.json: {linear} has params {entry['params']}", hint=hint) from error
             expected |= {f"{name.removesuffix('.weight')}.{suffix}": want for suffix, want in spec.items()}
     derived = {n for n, _ in skeleton.model.named_buffers()}
     problems += [f"{n}: missing" for n in sorted(expected.keys() - set(reader.names) - derived)]
@@ -102,15 +107,16 @@ def verify(folder: Path) -> list[str]:
     if not problems:
         for linear, entry in known["linears"].items():
             module = registry.by_kind(entry["kind"])
-            if hasattr(module, "problems"):
+            if entry["version"] != module.VERSION:
+                problems.append(f"{linear}: {entry['kind']} version {entry['version']}, this program writes {module.VERSION}")
+            elif hasattr(module, "problems"):
                 problems += [f"{linear}: {why}" for why in module.problems(_packed(reader, linear, entry))]
     return problems
 
 
-def _float_dtype(reader: CheckpointReader, linear: str) -> str:
-    """safetensors dtype of a compressed linear's float tensors."""
-    found = (reader.dtype(n) for n in reader.names if n.startswith(f"{linear}.") and not n.endswith(".bias"))
-    return next((dtype for dtype in found if dtype in dtypes.FLOATS), "F16")
+def _is_float(reader: CheckpointReader, name: str) -> bool:
+    """Whether a tensor tells the dtype that a compressed linear's float tensors have."""
+    return reader.dtype(name) in dtypes.FLOATS and not name.endswith(".bias")
 
 
 def _skeleton(folder: Path) -> Skeleton:

@@ -20,6 +20,7 @@ from compress.checkpoint import manifest, source
 from compress.checkpoint.writer import MAX_SHARD, CheckpointWriter, Shard, disk_errors, plan_shards
 from compress.errors import CompressError, nearest
 from compress.models import rotate
+from compress.models.head import Head
 from compress.models.skeleton import Skeleton, load_config
 from compress.models.view import CheckpointView
 from compress.pipeline import artifact, layout, memory
@@ -74,7 +75,8 @@ class Job:
 
     def planned(self, choices: Choices) -> Job:
         """The same job with format params that its linears were given."""
-        plan = layout.make(self.skeleton, self.view, self.config, self.format, self.ignore, choices)
+        mixed = self.widths.asked
+        plan = layout.make(self.skeleton, self.view, self.config, self.format, self.ignore, choices, mixed)
         return dataclasses.replace(self, layout=plan)
 
     @property
@@ -116,7 +118,7 @@ def prepare(
     rotation = module.transform(config) if hasattr(module, "transform") else None
     skeleton, view = rotate.open_model(folder, hf_config, rotation, trust_remote_code)
     widths = Widths(tuple(layer_config), target_bpw)
-    plan = layout.make(skeleton, view, config, format, ignore)
+    plan = layout.make(skeleton, view, config, format, ignore, None, widths.asked)
     device = devices.pick(device)
     half = device != "cpu" and all(t.dtype == "BF16" for t in plan.targets.values())
     length = calibration.pick_seqlen(seqlen, hf_config) if module.CALIBRATED or target_bpw is not None else seqlen
@@ -129,6 +131,12 @@ def prepare(
         torch.bfloat16 if half else torch.float32, batch, nsamples, length, max_shard, format, ignore, widths,
     )  # fmt: skip
     widths.check(plan)
+    for linear in plan.left:
+        logger.warning("%s stays dense: compressed-tensors 0.20 cannot read 4-bit zero-points of so few outputs", linear)
+    if reducers(module, config, plan, widths):
+        Head(skeleton, view, job.dtype)  # refuses what gradients do not know, before anything is read
+        if not job.observes:  # no other window would be looked at
+            job = dataclasses.replace(job, nsamples=min(nsamples, getattr(config, "samples", WIDTH_SAMPLES)))
     return job.planned(widths.guess(plan))
 
 
@@ -177,8 +185,7 @@ def quantize(
         raise CompressError(f"--states {states!r} is unknown", hint="use auto, ram or disk", usage=True)
     calib = _calibrate(job, dataset, seed, trust_remote_code) if job.needs_text else None
     facts = _facts(job, calib, seed)
-    mark = fingerprint({**facts, "format": format, "batch": job.batch_size, "device": job.device.split(":")[0],
-                        "ignore": list(ignore), "shard": job.max_shard})  # fmt: skip
+    mark = _mark(job, facts)
     out, work_path = _places(Path(out), Path(work_dir) if work_dir is not None else None)
     replace = not resume or may_replace(work_path, mark)
     if _already_done(out, mark, not resume, replace):
@@ -187,17 +194,23 @@ def quantize(
         logger.info("%s is already there, made by the same job (--restart makes it again)", out)
         return _report(job, out, began, resumed=True)
     work = WorkDir(work_path, mark, restart=not resume)
-    resumed = work.done > 0
+    resumed = work.done > 0 or (work.path / "reverse").exists()
     try:
         _check_space(work, plan_shards(job.layout.plan, job.max_shard))
         with memory.long_run():
             job, located = _decide(job, calib, work, states, progress)
             _walk(job, calib, work, states, progress, located)
         _finish(job, work, {**facts, "job": mark, "format": format})
-        work.publish(out, keep=work_dir is not None, replace=replace)
+        work.publish(out, work_dir is not None, replace)
     finally:
         work.close()
     return _report(job, out, began, resumed)
+
+
+def _mark(job: Job, facts: dict[str, Any]) -> str:
+    """The job's fingerprint: everything that decides the bytes."""
+    settings = {"format": job.format, "batch": job.batch_size, "device": job.device.split(":")[0], "ignore": list(job.ignore)}
+    return fingerprint({**facts, **settings, "shard": job.max_shard})
 
 
 def _decide(
@@ -212,7 +225,8 @@ def _decide(
     blocks = Blocks(job.skeleton, job.view, job.device, job.dtype)
     kept = tokens.numel() * (len(blocks) + 1) // 3  # `on_disk` counts three copies
     disk = on_disk(states, kept, job.skeleton.config.get_text_config().hidden_size, job.dtype)
-    walk = Reverse(blocks, job.layout, tokens, makers, work.path / "reverse", work.path if disk else None, progress)
+    folder = work.path / "reverse"
+    walk = Reverse(blocks, job.layout, tokens, makers, folder, work.path if disk else None, work.job, progress)
     walk.run()
     return job.planned(decide(walk, job.method, job.config, job.widths)), walk
 
@@ -262,10 +276,12 @@ def dry_run(
     makers = reducers(job.method, job.config, job.layout, job.widths)
     if not makers or job.seqlen is None:
         return found
+    exact = target_bpw is None and getattr(job.config, "scope", "tensor") == "tensor"
     samples = min(job.nsamples, getattr(job.config, "samples", WIDTH_SAMPLES))
     peak = reverse_bytes(job.skeleton, job.view, len(makers), samples, job.seqlen, job.dtype, states)
     seconds = reverse_seconds(job.layout, samples * job.seqlen, 4 if target_bpw is not None else 0)
-    return dataclasses.replace(found, peak_memory=max(found.peak_memory, peak), seconds=found.seconds + seconds)
+    peak = max(found.peak_memory, peak)
+    return dataclasses.replace(found, peak_memory=peak, seconds=found.seconds + seconds, exact=exact)
 
 
 def _calibrate(job: Job, dataset: str | Path | None, seed: int | None, trust_remote_code: bool) -> calibration.Calibration:
@@ -289,7 +305,7 @@ def _facts(job: Job, calib: calibration.Calibration | None, seed: int | None) ->
         "config": dataclasses.asdict(job.config),
         "seed": seed,
         "calibration_sha256": calib.sha256 if calib is not None else None,
-        "versions": versions(),
+        "versions": versions() | ({"scipy": metadata.version("scipy")} if job.widths.target is not None else {}),
         "extra": job.view.extra,
         **job.widths.record(),
     }

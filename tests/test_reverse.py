@@ -173,9 +173,39 @@ def test_a_run_that_dies_in_the_reverse_walk_goes_on_to_the_same_bytes(
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_a_head_that_gradients_do_not_know_is_refused_before_the_walk(pico: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(CompressError, match="logit_scale"):
-        compress.quantize(pico("cohere"), "gwq", tmp_path / "out", dataset=_text(tmp_path), nsamples=2, seqlen=16)
+@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "another block's", "another job's"])
+def test_a_result_that_is_not_whole_or_not_its_own_is_made_again(damage: str, pico: Callable[..., Path], tmp_path: Path) -> None:
+    tokens = torch.randint(3, 120, (2, 24), generator=torch.Generator().manual_seed(1))
+    walk = reverse(pico("llama"), tokens, tmp_path / "reverse")
+    walk.run()
+    before = tree(tmp_path / "reverse")
+    path = walk.path(1)
+    whole = path.read_bytes()
+    bad = {"truncated": whole[:-50], "empty": b"", "garbage": b"x" * 300, "another block's": walk.path(0).read_bytes()}
+    if damage in bad:
+        path.write_bytes(bad[damage])
+    else:
+        replace(walk, job="other").run()
+        assert tree(tmp_path / "reverse") != before
+    walk.run()
+    assert tree(tmp_path / "reverse") == before
+
+
+def test_a_head_that_gradients_do_not_know_is_refused_before_anything_is_read(
+    pico: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CheckpointReader, "_fill", lambda *_: pytest.fail("a weight was read"))
+    for method, options in (("gwq", {}), ("rtn", {"target_bpw": 5.0})):
+        for run in (compress.quantize, _dry):
+            data = {"dataset": _text(tmp_path), "nsamples": 2, "seqlen": 16}
+            with pytest.raises(CompressError, match="logit_scale"):
+                run(pico("cohere"), method, tmp_path / "out", group_size=32, **data, **options)
+
+
+def _dry(model: Path, method: str, _out: Path, *, dataset: Path, **options: Any) -> Any:
+    from compress.fit import dry_run
+
+    return dry_run(model, method, **options)
 
 
 def _text(folder: Path) -> Path:

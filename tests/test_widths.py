@@ -147,7 +147,7 @@ def test_asymmetric_mixed_widths_are_refused_by_stock_transformers_which_would_r
     [
         (["--layer-config", "re:.*down_proj"], "PATTERN=BITS"), (["--layer-config", "re:.*down_proj=16"], "PATTERN=BITS"),
         (["--layer-config", "nothing=4"], "matches no linear"), (["--layer-config", "re:[=4"], "--layer-config"),
-        (["--target-bpw", "1.5"], "2 bits everywhere take"), (["--target-bpw", "nan"], "--target-bpw"),
+        (["--target-bpw", "1.5"], "least choice takes"), (["--target-bpw", "nan"], "--target-bpw"),
         (["--target-bpw", "4", "--format", "awq"], "awq"), (["--layer-config", "re:.*=8", "--format", "awq"], "4 bits"),
     ],
 )  # fmt: skip
@@ -156,3 +156,56 @@ def test_wrong_options_are_usage_errors(options: list[str], why: str, tmp_path: 
     assert done.code == 2, done.err
     assert why in done.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "bits"), [({"target_bpw": 5.5}, set()), ({"layer_config": ["re:.*q_proj=8"]}, set()), ({"bits": 3}, {3})]
+)
+def test_linears_of_few_outputs_stay_dense_whatever_width_is_chosen(
+    options: dict[str, Any], bits: set[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stock loader cannot read 4-bit zero-points of at most 8 outputs; what is compressed must not depend on the choice."""
+    from conftest import FAMILIES, _save_tokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("llama", **{**FAMILIES["llama"], "num_key_value_heads": 1, "head_dim": 8})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    _save_tokenizer(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    compress.quantize(tmp_path / "model", "rtn", tmp_path / "out", group_size=32, dataset=text, nsamples=2, seqlen=16, **options)
+    found = widths(tmp_path / "out")
+    assert {b for n, b in found.items() if n.endswith(("k_proj", "v_proj"))} == bits
+    assert caplog.text.count("layers.0.self_attn.k_proj stays dense") == (0 if bits else 1)
+    if "target_bpw" in options:
+        assert stored_bits(tmp_path / "out") <= 5.5
+
+
+def test_linears_without_a_gradient_are_named_and_get_what_is_left(
+    pico: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    model = Path(shutil.copytree(pico("llama"), tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"].zero_()
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    compress.quantize(model, "rtn", tmp_path / "out", group_size=32, dataset=text, nsamples=2, seqlen=16, target_bpw=5.5)
+    assert "have no gradient here" in caplog.text
+    assert stored_bits(tmp_path / "out") > 5
+
+
+def test_the_hint_of_a_refused_budget_is_accepted(tmp_path: Path, cli: Callable[..., Outcome]) -> None:
+    data = ["--dataset", CALIBRATION, "--nsamples", 1, "--seqlen", 32]
+    args = ["quantize", EXAMPLE, "-m", "gwq", *data, "--dry-run", "--target-bpw"]
+    refused = cli(*args, 1)
+    assert refused.code == 2
+    least = refused.err.split("hint: use ")[1].split()[0]
+    done = cli(*args, least)
+    assert done.code == 0, done.err
+    assert "(about)" in done.out

@@ -150,7 +150,8 @@ def _print_estimate(e: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps(dataclasses.asdict(e)))
         return
-    print(f"artifact   {size(e.artifact_bytes)} of weights, {e.source_bytes / e.artifact_bytes:.2f}x smaller (exact)")
+    ratio, sure = e.source_bytes / e.artifact_bytes, "exact" if e.exact else "about"
+    print(f"artifact   {size(e.artifact_bytes)} of weights, {ratio:.2f}x smaller ({sure})")
     print(f"bits       {e.bits_per_weight:.3f} per compressed weight")
     print(f"memory     about {size(e.peak_memory)} at the peak")
     print(f"time       about {e.seconds / 60:.1f} min on this machine" if e.seconds > 90 else f"time       about {e.seconds:.0f} s")

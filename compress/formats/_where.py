@@ -28,4 +28,6 @@ def loads(config: dict[str, Any]) -> list[tuple[str, str]]:
     if not symmetric:
         stock = 'yes, with compressed-tensors >= 0.19, through "dequantize": true (weights become dense at load)'
     vllm = "yes, by its source; not run by us" if symmetric or bits in (4, 8) else f"no: asymmetric {bits} bits"
+    if len(groups) > 1:
+        vllm = "not checked: linears that it fuses (q, k, v; gate, up) would need one width"
     return [("transformers", stock), ("vLLM", vllm), own]

@@ -1,4 +1,4 @@
-"""Weights that are kept as they are, and a grid for the others: what GWQ shares with nothing yet but the solver.
+"""Weights that are kept as they are, and a grid for the others.
 
 A group's range is that of its other weights: kept slots are replaced by their mean before it is fitted, as SpQR does (arXiv
 2306.03078; Vahe1994/SpQR `spqr_engine.py`). The optional second level quantizes the scales themselves, 3 bits over 16
@@ -87,18 +87,25 @@ def _fit(
     if value_dtype is None:
         return Fitted(scale, zero)
     empty = m.all(-1)  # nothing to scale: must not stretch its neighbours' statistics
-    second = quantize_scales(scale, empty, value_dtype)
-    new = int_grouped_outliers.reference.scales(*second)
-    ratio = zero * scale / new
-    tried = [(new, r.clamp(0, grid.levels)) for r in (ratio.floor(), ratio.ceil())] if not grid.symmetric else [(new, zero)]
+    place, offset, step = quantize_scales(scale, empty, value_dtype)
+    codes = [place.round(), place.ceil()]  # the nearest scale, or the next one that cuts nothing off the range
+    tried = []
+    for new in (int_grouped_outliers.reference.scales(c.to(torch.uint8), offset, step) for c in codes):
+        ratio = zero * scale / new
+        rounded = (zero,) if grid.symmetric else (ratio.floor(), ratio.ceil())
+        tried += [(new, z.clamp(0, grid.levels)) for z in rounded]
     scale, zero = pick_least(tried[0], tried, lambda s, z: round_to(v, s, z, grid).sub_(v).square_().mul_(h).sum(-1))
-    return Fitted(scale, zero, second)
+    chosen = torch.where(scale == tried[0][0], codes[0], codes[1]).to(torch.uint8)
+    return Fitted(scale, zero, (chosen, offset, step))
 
 
 def quantize_scales(
     scale: torch.Tensor, empty: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Codes (O, G) uint8, offset and step (ceil(O/16), G) in `dtype` for scales (O, G) > 0; `empty` ones do not count."""
+    """Where scales (O, G) > 0 lie among their codes, in 0..7 (O, G), with offset and step (ceil(O/16), G) in `dtype`.
+
+    `empty` scales do not count.
+    """
     O, G = scale.shape
     tiles = -(-O // ROWS)
     pad = tiles * ROWS - O
@@ -109,10 +116,12 @@ def quantize_scales(
     offset = lo.to(dtype)
     offset = torch.where(offset > 0, offset, torch.full_like(offset, torch.finfo(dtype).smallest_normal))
     step = ((hi - offset.float()).clamp(min=0) / LEVELS).to(dtype)
+    short = offset.float() + LEVELS * step.float() < hi
+    step = torch.where(short, torch.nextafter(step, torch.full_like(step, torch.inf)), step)
     width = step.float()
-    codes = (s - offset.float().unsqueeze(1)) / torch.where(width > 0, width, torch.ones_like(width)).unsqueeze(1)
-    codes = codes.round_().clamp_(0, LEVELS).masked_fill_((width == 0).unsqueeze(1), 0.0)
-    return codes.view(-1, G)[:O].to(torch.uint8), offset, step
+    place = (s - offset.float().unsqueeze(1)) / torch.where(width > 0, width, torch.ones_like(width)).unsqueeze(1)
+    place = place.clamp_(0, LEVELS).masked_fill_((width == 0).unsqueeze(1), 0.0)
+    return place.view(-1, G)[:O], offset, step
 
 
 def pack(

@@ -136,7 +136,7 @@ def solve(
     group_of = (where // g).tolist()
     step = _BLOCK if g >= I or fixed is not None else g * max(1, _BLOCK // g)
     U, diagonal, cost = factor.U, factor.U.diagonal().tolist(), factor.U.diagonal().square().reciprocal()
-    q = torch.empty(I, O, dtype=torch.uint8, device=W.device)
+    q = torch.empty(I, O, dtype=W.dtype, device=W.device)
     row = replace(grid, group_size=-1)
     for start in range(0, I, step):
         end = min(start + step, I)
@@ -148,18 +148,18 @@ def solve(
                 s, z = fitter(V[c : c + g].T.contiguous(), cost[c : c + g], row)
                 scale[k], zero[k] = s[:, 0], z[:, 0]
             w, s, z = V[c], scale[k], zero[k]
-            code = (w / s).round_().add_(z).clamp_(0, grid.levels)
+            code, e = q[c], E[c - start]
+            torch.div(w, s, out=code).round_().add_(z).clamp_(0, grid.levels)
             if keep is not None:
-                code = torch.where(keep[c], z, code)
-            q[c] = code
-            e = E[c - start]
-            torch.sub(w, code.sub_(z).mul_(s), out=e)
+                code.copy_(torch.where(keep[c], z, code))
+            torch.sub(code, z, out=e).mul_(s).neg_().add_(w)
             if keep is not None and kept is not None:
                 e.copy_(torch.where(keep[c], w - w.to(kept.dtype).to(w), e))
-            e.div_(diagonal[c])
-            V[c + 1 : end].addr_(U[c, c + 1 : end], e, alpha=-1)
+            V[c + 1 : end].addr_(U[c, c + 1 : end], e, alpha=-1 / diagonal[c])
+        E.div_(factor.U.diagonal()[start:end].unsqueeze(1))
         V[end:].addmm_(U[start:end, end:].T, E, alpha=-1)
     value = None if keep is None or kept is None else V.to(kept.dtype).to(V).mul_(keep)
+    q = q.to(torch.uint8)
     if order is not None:
         q = torch.empty_like(q).index_copy_(0, order, q)
         value = None if value is None else torch.empty_like(value).index_copy_(0, order, value)

@@ -2,9 +2,10 @@
 
     e(l, b) = sum over tokens t and outputs o of (dL/dy_to)² ((Q_b(W) - W) x_t)_o²
 
-the squared output error of plain rounding at b bits, weighted by the squared gradient of the loss at that output: the diagonal of
-the empirical Fisher matrix of the outputs, so that errors of different linears can be compared. The choice is a multiple-choice
-knapsack, minimise sum e(l, b_l) subject to sum size(l, b_l) <= budget, solved exactly as an integer program (HiGHS, by scipy).
+the squared output error of plain rounding at b bits (it stands in for whatever the method does beyond it), weighted by the squared
+gradient of the loss at that output: the diagonal of the empirical Fisher matrix of the outputs, so that errors of different
+linears can be compared. The choice is a multiple-choice knapsack, minimise sum e(l, b_l) subject to sum size(l, b_l) <= budget,
+solved exactly as an integer program (HiGHS, by scipy).
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ CALIBRATED = True
 __all__ = ["CALIBRATED", "Config", "collects", "compress", "observes", "reducer", "settle", "stages", "workspace"]
 GRADIENT = ("abs", "abs-gw", "abs-ge", "sq")
 SCORES = (*GRADIENT, "magnitude", "random", "hessian")
-_CANDIDATES = 8  # times its share that one tensor may hold in the global scope
+_CANDIDATES = 16  # times its share that one tensor may hold in the global scope
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,8 @@ def reducer(block: Block, config: Config) -> Reducer | None:
 def settle(results: Callable[[], Iterator[Mapping[str, torch.Tensor]]], config: Config) -> list[dict[str, dict[str, int]]]:
     """Format params of the linears of each block, decided by all blocks' results: how many outliers each holds in global scope.
 
-    Exactly ceil(fraction * all weights) in total; of equal scores the first blocks' and linears'. Scores are found by the 16 upper
+    Exactly ceil(fraction * all weights) in total, the largest scores among each tensor's candidates: at most 16 times its share
+    (`at_limit` in the manifest where that binds); of equal scores the first blocks' and linears'. Scores are found by the 16 upper
     and the 16 lower bits of their fp32 representation, which orders numbers >= 0, so that one block's are in memory at a time.
     """
     if config.scope == "tensor":
@@ -270,8 +271,14 @@ def compress(
         for n in names:
             packed[n], errors[n], facts = _linear(block, n, config, grid.at(block.params[n]), H, factor)
             record += [{"linears": [n], **facts}] if facts else []
-    unseen = sorted(k.removeprefix("unseen:") for k in block.gradient if k.startswith("unseen:"))
-    return Result(packed, {}, errors, {k: v for k, v in (("hessian", record), ("by_magnitude", unseen)) if v})
+    unseen = sorted(n for n in packed if f"unseen:{n}" in block.gradient)
+    limit = [] if config.scope == "tensor" else [n for n in packed if _at_limit(block, n)]
+    return Result(packed, {}, errors, {k: v for k, v in (("hessian", record), ("by_magnitude", unseen), ("at_limit", limit)) if v})
+
+
+def _at_limit(block: Block, name: str) -> bool:
+    """Whether a linear holds all of its candidates, so that in a truly global choice it might hold more."""
+    return int(block.params[name].get("outliers", 0)) == block.gradient[name].numel() < block.weights[name].numel()
 
 
 def _linear(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,9 +33,14 @@ class Widths:
     rules: tuple[str, ...] = ()
     target: float | None = None  # bits per weight of all compressed linears, scales and all
 
+    @property
+    def asked(self) -> bool:
+        """Whether widths may differ."""
+        return bool(self.rules) or self.target is not None
+
     def record(self) -> dict[str, Any]:
         """For the manifest; empty where nothing was asked."""
-        return {"widths": {"layer_config": list(self.rules), "target_bpw": self.target}} if self.rules or self.target else {}
+        return {"widths": {"layer_config": list(self.rules), "target_bpw": self.target}} if self.asked else {}
 
     def fixed(self, layout: Layout) -> dict[str, dict[str, int]]:
         """Widths that rules give."""
@@ -63,15 +69,20 @@ class Widths:
         if layout.name == "awq":
             raise CompressError("--target-bpw mixes widths, --format awq has 4 bits", hint="use the default format", usage=True)
         fixed = self.fixed(layout)
-        weights = sum(t.shape[0] * t.shape[1] for t in layout.targets.values())
-        bounds = [sum(pick(_sizes(layout, t, fixed)) for t in layout.targets.values()) / weights for pick in (min, max)]
-        if not bounds[0] <= self.target:
+        weights = _weights(layout)
+        least, most = (sum(pick(_sizes(layout, t, fixed)) for t in layout.targets.values()) for pick in (min, max))
+        if least > self.budget(layout):
             raise CompressError(
-                f"--target-bpw {self.target}: 2 bits everywhere take {bounds[0]:.3f} with their scales",
-                hint=f"use {bounds[0]:.2f} or more, or larger groups", usage=True,
+                f"--target-bpw {self.target}: the least choice takes {least / weights:.3f} with its scales",
+                hint=f"use {math.ceil(100 * least / weights) / 100:.2f} or more, or larger groups", usage=True,
             )  # fmt: skip
-        if self.target > bounds[1]:
-            logger.warning("--target-bpw %g is more than 8 bits everywhere take (%.3f)", self.target, bounds[1])
+        if most < self.budget(layout):
+            logger.warning("--target-bpw %g is more than 8 bits everywhere take (%.3f)", self.target, most / weights)
+
+    def budget(self, layout: Layout) -> int:
+        """Bits for all linears together."""
+        assert self.target is not None
+        return math.floor(self.target * _weights(layout) + 1e-6)
 
     def guess(self, layout: Layout) -> dict[str, dict[str, int]]:
         """Widths before anything was measured: the rules', and for the others some that take what the budget allows."""
@@ -85,14 +96,23 @@ class Widths:
             return fixed
         targets = list(layout.targets.values())
         options = [[WIDTHS.index(fixed[t.name]["bits"])] if t.name in fixed else list(range(len(WIDTHS))) for t in targets]
-        weights = sum(t.shape[0] * t.shape[1] for t in targets)
+        loudest, largest = max(map(max, errors.values())) or 1.0, max(t.shape[0] * t.shape[1] for t in targets)
+
+        def cost(t: Target, i: int) -> float:
+            """The measured error, and 1e-8 of the greatest one by size and width, which decides between equals."""
+            return errors[t.name][i] + 1e-8 * loudest * 4.0 ** -WIDTHS[i] * t.shape[0] * t.shape[1] / largest
+
         picked = choose(
-            [[errors[t.name][i] for i in row] for t, row in zip(targets, options, strict=True)],
+            [[cost(t, i) for i in row] for t, row in zip(targets, options, strict=True)],
             [_sizes(layout, t, fixed) for t in targets],
-            int(self.target * weights),
+            self.budget(layout),
         )
         assert picked is not None, "the budget was checked"
         return {t.name: {"bits": WIDTHS[row[i]]} for t, row, i in zip(targets, options, picked, strict=True)}
+
+
+def _weights(layout: Layout) -> int:
+    return sum(t.shape[0] * t.shape[1] for t in layout.targets.values())
 
 
 def _sizes(layout: Layout, target: Target, fixed: Mapping[str, Mapping[str, int]]) -> list[int]:
@@ -135,6 +155,9 @@ def decide(walk: Reverse, method: ModuleType, config: Any, widths: Widths) -> Ch
         for i, prefix in enumerate(names):
             found = {k.removeprefix("widths:"): t.tolist() for k, t in walk.result(i).items() if k.startswith("widths:")}
             errors |= {prefix + name: row for name, row in found.items()}
+        silent = [name for name, row in errors.items() if not max(row)]
+        if silent:
+            logger.warning("%d linears have no gradient here, so their widths follow their sizes: %s …", len(silent), silent[0])
     for name, params in widths.choose(walk.layout, errors).items():
         out[name] = {**out.get(name, {}), **params}
     if widths.target is not None:

@@ -21,11 +21,12 @@ from compress.types import Block, Stat
 class Estimate:
     """Predicted cost of a run; sizes in bytes."""
 
-    artifact_bytes: int  # weight files, exact
+    artifact_bytes: int  # weight files
     source_bytes: int
     bits_per_weight: float  # of the compressed linears
     peak_memory: int
     seconds: float
+    exact: bool = True  # of artifact_bytes; False where gradients will decide widths or counts
 
 
 def on_disk(states: str, tokens: int, width: int, dtype: torch.dtype) -> bool:
@@ -50,7 +51,7 @@ def estimate(
     blocks = range(len(skeleton.blocks))
     elements, stored, largest = max((_block_bytes(skeleton, view, i) for i in blocks), key=lambda t: t[0])
     weights = sum(t.shape[0] * t.shape[1] for t in layout.targets.values())
-    packed = {p.name: p.nbytes for p in layout.plan if p.name.rsplit(".", 1)[0] in layout.targets}
+    packed = {p.name: p.nbytes for p in layout.plan if _packed(p.name, layout)}
     peak = rss() + stored + packed_bytes(packed, skeleton)
     rest = [p.nbytes for p in layout.plan if not p.name.startswith(skeleton.path)]
     if tokens:
@@ -66,6 +67,11 @@ def estimate(
         peak,
         _seconds(method, config, weights, tokens, size),
     )
+
+
+def _packed(name: str, layout: Layout) -> bool:
+    linear, _, suffix = name.rpartition(".")
+    return linear in layout.targets and suffix != "bias"
 
 
 def reverse_bytes(

@@ -45,6 +45,7 @@ class Layout:
     plan: tuple[Planned, ...]
     guarded: bool  # stock loaders must refuse it
     cast: str | None  # dtype that every other float tensor is cast to
+    left: tuple[str, ...] = ()  # linears that stay dense because a stock loader could not read them
 
     @property
     def kind(self) -> str:
@@ -100,11 +101,12 @@ def matcher(patterns: tuple[str, ...], option: str = "--ignore") -> Callable[[st
 
 
 def make(
-    skeleton: Skeleton, view: CheckpointView, config: Any, layout: str, ignore: tuple[str, ...], choices: Choices | None = None
+    skeleton: Skeleton, view: CheckpointView, config: Any, layout: str, ignore: tuple[str, ...], choices: Choices | None = None,
+    mixed: bool = False,
 ) -> Layout:  # fmt: skip
     """Plan an artifact from headers alone. Refuses linears that the method's config cannot hold.
 
-    `choices` replaces format params of some linears, by full name.
+    `choices` replaces format params of some linears, by full name; `mixed` says that they may change widths.
     """
     if layout not in LAYOUTS:
         raise CompressError(f"--format {layout!r} is unknown", hint=nearest(layout, list(LAYOUTS)), usage=True)
@@ -112,7 +114,12 @@ def make(
     own = layout == "pack-quantized" and packs != int_grouped.KIND
     if layout == "awq" and packs != int_grouped.KIND:
         raise CompressError(f"--format awq cannot hold {packs}", hint="use --format pack-quantized or dense", usage=True)
-    targets = _targets(skeleton, view, config, ignore, layout == "pack-quantized" and not own, choices or {})
+    targets = _targets(skeleton, view, config, ignore, choices or {})
+    left = [t.name for t in targets.values() if layout == "pack-quantized" and not own and _unreadable(t, mixed)]
+    for name in left:
+        del targets[name]
+    if not targets:
+        raise CompressError("every linear is ignored: nothing to compress", hint="drop an --ignore", usage=True)
     conv1d = any(t.transposed for t in targets.values())
     if layout == "awq" and conv1d:
         raise CompressError("--format awq cannot hold transposed Conv1D layers (GPT-2)", hint="use the default format", usage=True)
@@ -130,7 +137,7 @@ def make(
             spec = module.spec(target.params, target.shape, dtype)
             plan += [Planned(f"{target.name}.{suffix}", d, shape) for suffix, (d, shape) in spec.items()]
     guarded = own or (layout == "pack-quantized" and (conv1d or _mixed(targets)))
-    return Layout(layout, packs, targets, tuple(plan), guarded, cast)
+    return Layout(layout, packs, targets, tuple(plan), guarded, cast, tuple(left))
 
 
 def _mixed(targets: Mapping[str, Target]) -> bool:
@@ -142,13 +149,18 @@ def _mixed(targets: Mapping[str, Target]) -> bool:
     return len({t.params["bits"] for t in targets.values()}) > 1 and not all(t.params["symmetric"] for t in targets.values())
 
 
-def _unreadable(params: Mapping[str, Any], shape: tuple[int, int]) -> bool:
-    """A single word row of packed zero-points: compressed-tensors 0.20 fails on it, so we do not write it."""
-    return params["bits"] == 4 and not params["symmetric"] and shape[0] <= 8 and int_grouped.groups(params, shape) > 1
+def _unreadable(target: Target, mixed: bool) -> bool:
+    """A single word row of packed 4-bit zero-points: compressed-tensors 0.20 fails on it, so we do not write it.
+
+    Where widths are mixed such a linear stays dense at any width, so that what is compressed does not depend on the choice.
+    """
+    params, shape = target.params, target.shape
+    four = mixed or params["bits"] == 4
+    return four and not params["symmetric"] and shape[0] <= 8 and int_grouped.groups(params, shape) > 1
 
 
 def _targets(
-    skeleton: Skeleton, view: CheckpointView, config: Any, ignore: tuple[str, ...], portable: bool, choices: Choices
+    skeleton: Skeleton, view: CheckpointView, config: Any, ignore: tuple[str, ...], choices: Choices
 ) -> dict[str, Target]:  # fmt: skip
     ignored = matcher(ignore)
     hits: set[str] = set()
@@ -169,11 +181,6 @@ def _targets(
                 )
             config.check(name, shape)
             params = {**config.params(shape), **choices.get(name, {})}
-            if portable and _unreadable(params, shape):
-                logger.warning(
-                    "%s stays dense: compressed-tensors 0.20 cannot read 4-bit zero-points of %d outputs", name, shape[0]
-                )
-                continue
             targets[name] = Target(name, shape, f"{name}.weight" in conv1d, dtype, params)
     unused = [p for p in ignore if p not in hits]
     if unused:
@@ -187,6 +194,4 @@ def _targets(
             f"{odd.name}: stored as {odd.dtype}, {first.name} as {first.dtype}",
             hint=f"--ignore {odd.name}, or save the checkpoint in one dtype",
         )
-    if not targets:
-        raise CompressError("every linear is ignored: nothing to compress", hint="drop an --ignore", usage=True)
     return targets

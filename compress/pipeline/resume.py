@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 from compress.checkpoint.reader import read_json
 from compress.checkpoint.writer import disk_errors, fsync_folder, write_json
 from compress.errors import CompressError
+
+logger = logging.getLogger(__name__)
 
 
 def fingerprint(parts: dict[str, Any]) -> str:
@@ -29,7 +32,7 @@ class WorkDir:
     """One job's folder, locked while this object lives."""
 
     def __init__(self, path: Path, job: str, restart: bool) -> None:
-        self.path = path
+        self.path, self.job = path, job
         self.artifact = path / "artifact"
         ours = (path / "lock").exists() or not path.exists() or (path.is_dir() and not any(path.iterdir()))
         if not ours:
@@ -61,6 +64,8 @@ class WorkDir:
             (self.path / name).unlink(missing_ok=True)
         for folder in (self.artifact, self.path / "reverse"):
             shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                raise CompressError(f"{folder}: cannot be removed", hint="remove it, or choose another -o")
 
     @property
     def done(self) -> int:
@@ -94,7 +99,10 @@ class WorkDir:
             (self.path / "job.json").unlink(missing_ok=True)
             (self.path / "progress.json").unlink(missing_ok=True)
         else:
-            _remove(self.path)
+            try:
+                _remove(self.path)
+            except OSError as error:
+                logger.warning("%s is left behind: %s", self.path, error)
         self.close()
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load as from_bytes
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import nn
 
@@ -48,6 +48,7 @@ class Reverse:
     reducers: Sequence[Callable[[Block], Reducer]]
     folder: Path
     states: Path | None  # folder for the kept inputs; None: in RAM
+    job: str = ""  # fingerprint: another job's results are not read
     progress: Callable[[Progress], None] | None = None
 
     def path(self, index: int) -> Path:
@@ -55,20 +56,32 @@ class Reverse:
 
     def result(self, index: int) -> Tensors:
         """What the reducers kept of a block."""
-        return from_bytes(self.path(index).read_bytes())
+        with safe_open(self.path(index), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def _done(self, index: int) -> bool:
+        """Whether a block's result is there, whole and of this job."""
+        try:
+            with safe_open(self.path(index), framework="pt") as file:
+                return bool(file.metadata() == self._label(index))
+        except (OSError, SafetensorError):
+            return False
+
+    def _label(self, index: int) -> dict[str, str]:
+        return {"of": f"block {index} of job {self.job}"}  # one entry: safetensors orders several as it likes
 
     @torch.no_grad()
     def run(self) -> None:
         """Compute what is missing, from the last block down."""
         with disk_errors(self.folder):
             self.folder.mkdir(exist_ok=True)
-        missing = [i for i in range(len(self.blocks)) if not self.path(i).exists()]
+        missing = [i for i in range(len(self.blocks)) if not self._done(i)]
         if not missing:
             return
         head = Head(self.blocks.skeleton, self.blocks.view, self.blocks.dtype)  # refuses what it does not know, before the work
         inputs = self._forward()
         upstream = self._head(head, inputs[-1])
-        last, began = missing[-1], time.monotonic()
+        last, began = missing[-1], time.monotonic()  # results below it are made again, to the same bytes
         if last + 1 < len(self.blocks):
             logger.info("resuming the reverse walk at block %d of %d", last + 1, len(self.blocks))
         for index in range(len(self.blocks) - 1, -1, -1):
@@ -133,7 +146,7 @@ class Reverse:
             kept: Tensors = {}
             for reducer in reducers:
                 kept |= {name: t.cpu().contiguous() for name, t in reducer.result().items()}
-            write_file(self.path(index), to_bytes(kept))
+            write_file(self.path(index), to_bytes(kept, self._label(index)))
         return out
 
     def _backward(

@@ -55,6 +55,8 @@ def problems(indptr: torch.Tensor, index: torch.Tensor, value: torch.Tensor, sha
         least, greatest = (int(v) for v in torch.aminmax(index.to(torch.int64)))
         if least < 0 or greatest >= I:
             found.append(f"outlier_index has column {least if least < 0 else greatest}, the weight has {I} inputs")
+    if not bool(torch.isfinite(value).all()):
+        found.append("outlier_value holds NaN or Inf")
     if found:
         return found
     falls = positions(indptr, index, I).diff() <= 0
