@@ -35,7 +35,7 @@ def walk_with(probe: Callable[..., None], folder: Path, tmp_path: Path, tokens: 
     """Run the forward walk; `probe(block, stats, run)` sees what a method sees. RTN stands in for the result."""
 
     def compress(block: Block, stats: Any, config: Any, run: Any, dtype: torch.dtype) -> Any:
-        probe(block, stats, run)
+        probe(replace(block, params={}), stats, run)  # a probe chooses widths of its own
         return rtn.compress(block, {}, rtn.Config(config.bits, config.group_size), None, dtype)
 
     skeleton = Skeleton(load_config(folder))

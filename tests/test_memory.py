@@ -27,7 +27,7 @@ OPTIONS = {
     "awq": {"method": "awq", "bits": 3, "group_size": 64, "nsamples": 8, "seqlen": 128, "grid": 4, "keep": 2, "clip_steps": 2},
     "gptq": {"method": "gptq", "bits": 3, "group_size": 64, "nsamples": 8, "seqlen": 128},
     "rsq": {"method": "rsq", "bits": 3, "group_size": 64, "nsamples": 8, "seqlen": 128},
-    "gwq": {"method": "gwq", "nsamples": 8, "seqlen": 128},
+    "gwq": {"method": "gwq", "nsamples": 4, "seqlen": 128, "clip": False},  # the search of ranges takes time, not memory
     "widths": {"method": "rtn", "group_size": 64, "nsamples": 8, "seqlen": 128, "target_bpw": 4.0},
 }
 
