@@ -4,8 +4,8 @@
     python benchmarks/memory.py --model BIG [--awq-model BIG4] [--methods rtn awq gwq] [--limit-gb 4] [--plot memory.png]
 
 --awq-model may be a shallower checkpoint of the same shapes. The AWQ job uses 4 windows of 128 tokens; the GWQ job, a reverse walk
-over every block and then a forward one, 2 windows of 128. What is measured is the resident memory of the whole process, libraries
-included: ru_maxrss at the end, and after every block. Exits 1 above the limit.
+over every block and then a forward one, 2 windows of 128 and unclipped ranges. What is measured is the resident memory of the whole
+process, libraries included: ru_maxrss at the end, and after every block. Exits 1 above the limit.
 Results are appended to benchmarks/results/memory.jsonl.
 """
 
@@ -73,7 +73,7 @@ def main() -> None:
     jobs = {
         "rtn": (args.model, {"bits": 4, "group_size": 128}),
         "awq": (args.awq_model or args.model, {"bits": 4, "group_size": 128, "nsamples": 4, "seqlen": 128}),
-        "gwq": (args.model, {"nsamples": 2, "seqlen": 128}),
+        "gwq": (args.model, {"nsamples": 2, "seqlen": 128, "clip": False}),
     }
     rows = [run(jobs[method][0], method, **jobs[method][1]) for method in args.methods]
     RESULTS.parent.mkdir(exist_ok=True)
