@@ -82,7 +82,8 @@ def main() -> None:
     for row in rows:
         blocks = [b["rss_gb"] for b in row["blocks"]]
         size = "exact" if row["bytes"] == row["predicted_bytes"] else "WRONG"
-        print(f"{row['method']}: {len({b['block'] for b in row['blocks']})} blocks of a {row['source_gb']:.1f} GB checkpoint, {row['seconds']:.0f} s")
+        count = len({b["block"] for b in row["blocks"]})
+        print(f"{row['method']}: {count} blocks of a {row['source_gb']:.1f} GB checkpoint, {row['seconds']:.0f} s")
         print(f"  peak {row['peak_gb']:.2f} GB, after the first block {blocks[0]:.2f}, after the last {blocks[-1]:.2f}")
         print(f"  predicted {row['predicted_gb']:.2f} GB, {row['predicted_seconds']:.0f} s, artifact size {size}")
     if args.plot:

@@ -91,6 +91,11 @@ class Job:
         return bool(self.method.CALIBRATED if own is None else own(self.config))
 
     @property
+    def samples(self) -> int:
+        """Calibration windows that gradients are taken from, the first ones."""
+        return min(self.nsamples, int(getattr(self.config, "samples", WIDTH_SAMPLES)))
+
+    @property
     def expand(self) -> int:
         """Shifted copies of the calibration windows."""
         return int(getattr(self.config, "expand", 1))
@@ -136,7 +141,7 @@ def prepare(
     if reducers(module, config, plan, widths):
         Head(skeleton, view, job.dtype)  # refuses what gradients do not know, before anything is read
         if not job.observes:  # no other window would be looked at
-            job = dataclasses.replace(job, nsamples=min(nsamples, getattr(config, "samples", WIDTH_SAMPLES)))
+            job = dataclasses.replace(job, nsamples=job.samples)
     return job.planned(widths.guess(plan))
 
 
@@ -221,7 +226,7 @@ def _decide(
     if not makers:
         return job, None
     assert calib is not None
-    tokens = calib.tokens[: getattr(job.config, "samples", WIDTH_SAMPLES)]
+    tokens = calib.tokens[: job.samples]
     blocks = Blocks(job.skeleton, job.view, job.device, job.dtype)
     kept = tokens.numel() * (len(blocks) + 1) // 3  # `on_disk` counts three copies
     disk = on_disk(states, kept, job.skeleton.config.get_text_config().hidden_size, job.dtype)
@@ -277,9 +282,8 @@ def dry_run(
     if not makers or job.seqlen is None:
         return found
     exact = target_bpw is None and getattr(job.config, "scope", "tensor") == "tensor"
-    samples = min(job.nsamples, getattr(job.config, "samples", WIDTH_SAMPLES))
-    peak = reverse_bytes(job.skeleton, job.view, len(makers), samples, job.seqlen, job.dtype, states)
-    seconds = reverse_seconds(job.layout, samples * job.seqlen, 4 if target_bpw is not None else 0)
+    peak = reverse_bytes(job.skeleton, job.view, len(makers), job.samples, job.seqlen, job.dtype, states)
+    seconds = reverse_seconds(job.layout, job.samples * job.seqlen, 4 if target_bpw is not None else 0)
     peak = max(found.peak_memory, peak)
     return dataclasses.replace(found, peak_memory=peak, seconds=found.seconds + seconds, exact=exact)
 

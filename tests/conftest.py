@@ -136,6 +136,17 @@ def python(code: str, *args: object, **kwargs: Any) -> subprocess.CompletedProce
     )
 
 
+# Begins a snippet whose process cannot import our packages.
+WITHOUT_US = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("compress", "compress_kernels"):
+            raise ImportError("not in this process: " + name)
+sys.meta_path.insert(0, Refuse())
+"""
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file of a folder by relative name."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

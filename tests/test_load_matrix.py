@@ -9,17 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CALIBRATION, EXAMPLE, Outcome, python
+from conftest import CALIBRATION, EXAMPLE, WITHOUT_US, Outcome, python
 
 import compress
 
-STOCK = """
-import sys, json
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("compress", "compress_kernels"):
-            raise ImportError("not in this process: " + name)
-sys.meta_path.insert(0, Refuse())
+STOCK = WITHOUT_US + """
+import json
 import torch
 from transformers import AutoModelForCausalLM
 ids = torch.tensor(json.loads(sys.argv[3]))

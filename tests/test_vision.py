@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import _save_tokenizer, outliers, python
+from conftest import WITHOUT_US, _save_tokenizer, outliers, python
 from safetensors.torch import load_file, save_file
 from test_families import TEXT, run_blocks
 
@@ -231,13 +231,7 @@ def test_image_and_text_give_the_logits_of_the_dequantized_weights(
     assert distance(logits(packed, family), logits(plain, family)) < 1e-5  # sums in another order
 
 
-STOCK = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("compress", "compress_kernels"):
-            raise ImportError("not in this process: " + name)
-sys.meta_path.insert(0, Refuse())
+STOCK = WITHOUT_US + """
 import torch
 from transformers import AutoModelForImageTextToText
 for folder, given, out in zip(*[iter(sys.argv[1:])] * 3):

@@ -15,11 +15,13 @@ from decimal import Decimal
 import torch
 
 from compress.formats import int_grouped_outliers
+from compress.formats.int_grouped_outliers import reference
+from compress.methods._pack import relative_error
 from compress.methods._quantizer import Grid, fit, fit_weighted, pick_least, round_to
 from compress.methods._solvers import Solved
 from compress.types import Packed
 
-ROWS, LEVELS = 16, 7  # of the second level: rows that share statistics, largest 3-bit code
+ROWS, LEVELS = reference.ROWS, (1 << reference.SCALE_BITS) - 1  # of the second level: rows that share statistics, largest code
 _PIECE = 1 << 22  # weights fitted at a time
 
 
@@ -90,7 +92,7 @@ def _fit(
     place, offset, step = quantize_scales(scale, empty, value_dtype)
     codes = [place.round(), place.ceil()]  # the nearest scale, or the next one that cuts nothing off the range
     tried = []
-    for new in (int_grouped_outliers.reference.scales(c.to(torch.uint8), offset, step) for c in codes):
+    for new in (reference.scales(c.to(torch.uint8), offset, step) for c in codes):
         ratio = zero * scale / new
         rounded = (zero,) if grid.symmetric else (ratio.floor(), ratio.ceil())
         tried += [(new, z.clamp(0, grid.levels)) for z in rounded]
@@ -140,6 +142,4 @@ def pack(
         value=solved.value.reshape(-1)[index].to(dtype).cpu(),
         second=None if fitted.second is None else (fitted.second[0].cpu(), fitted.second[1].cpu(), fitted.second[2].cpu()),
     )
-    norm = float(torch.linalg.vector_norm(W))
-    error = float(torch.linalg.vector_norm(int_grouped_outliers.dequantize(packed).to(W.device).sub_(W)))
-    return packed, error / norm if norm else error
+    return packed, relative_error(W, int_grouped_outliers.dequantize(packed))

@@ -28,6 +28,11 @@ def pack_codes(W: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, zero: torc
         bits=grid.bits,
         group_size=grid.group_size,
     )
+    return packed, relative_error(W, int_grouped.dequantize(packed))
+
+
+def relative_error(W: torch.Tensor, W_hat: torch.Tensor) -> float:
+    """|W_hat - W| / |W| for W (O, I) fp32; W_hat is overwritten."""
     norm = float(torch.linalg.vector_norm(W))
-    error = float(torch.linalg.vector_norm(int_grouped.dequantize(packed).to(W.device).sub_(W)))
-    return packed, error / norm if norm else error
+    error = float(torch.linalg.vector_norm(W_hat.to(W.device).sub_(W)))
+    return error / norm if norm else error

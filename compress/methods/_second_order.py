@@ -55,7 +55,7 @@ def stages(block: Block, config: SecondOrder) -> tuple[tuple[str, ...], ...]:
     return tuple(group for group in groups if group)
 
 
-def collects(block: Block, config: SecondOrder) -> Collect:
+def collects(block: Block, config: Any) -> Collect:
     """One Hessian per input."""
     return Collect({group[0]: Stat.GRAM for group in block.groups if any(n in block.weights for n in group)})
 

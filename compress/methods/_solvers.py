@@ -135,7 +135,8 @@ def solve(
         scale, zero = fixed[0].T.contiguous(), fixed[1].T.contiguous()
     group_of = (where // g).tolist()
     step = _BLOCK if g >= I or fixed is not None else g * max(1, _BLOCK // g)
-    U, diagonal, cost = factor.U, factor.U.diagonal().tolist(), factor.U.diagonal().square().reciprocal()
+    U = factor.U
+    diagonal, cost = U.diagonal().tolist(), U.diagonal().square().reciprocal()
     q = torch.empty(I, O, dtype=W.dtype, device=W.device)
     row = replace(grid, group_size=-1)
     for start in range(0, I, step):
@@ -156,7 +157,7 @@ def solve(
             if keep is not None and kept is not None:
                 e.copy_(torch.where(keep[c], w - w.to(kept.dtype).to(w), e))
             V[c + 1 : end].addr_(U[c, c + 1 : end], e, alpha=-1 / diagonal[c])
-        E.div_(factor.U.diagonal()[start:end].unsqueeze(1))
+        E.div_(U.diagonal()[start:end].unsqueeze(1))
         V[end:].addmm_(U[start:end, end:].T, E, alpha=-1)
     value = None if keep is None or kept is None else V.to(kept.dtype).to(V).mul_(keep)
     q = q.to(torch.uint8)

@@ -21,12 +21,12 @@ import torch
 
 from compress.errors import CompressError, nearest
 from compress.formats import int_grouped, int_grouped_outliers
-from compress.methods import _outliers, _solvers
+from compress.methods import _outliers, _second_order, _solvers
 from compress.methods._pack import pack_codes
 from compress.methods._quantizer import Grid, check_grid, check_groups, encode, fake
 from compress.methods._second_order import stages
 from compress.stats import InputStats
-from compress.types import Block, Collect, Packed, Reducer, Result, Runner, Stat
+from compress.types import Block, Collect, Packed, Reducer, Result, Runner
 
 CALIBRATED = True
 __all__ = ["CALIBRATED", "Config", "collects", "compress", "observes", "reducer", "settle", "stages", "workspace"]
@@ -197,9 +197,7 @@ def observes(config: Config) -> bool:
 
 def collects(block: Block, config: Config) -> Collect:
     """One Hessian per input where there is compensation."""
-    if not observes(config):
-        return Collect()
-    return Collect({group[0]: Stat.GRAM for group in block.groups if any(n in block.weights for n in group)})
+    return _second_order.collects(block, config) if observes(config) else Collect()
 
 
 def workspace(block: Block, config: Config) -> int:
@@ -237,20 +235,20 @@ def _plain(W: torch.Tensor, kept: torch.Tensor, fitted: _outliers.Fitted, grid: 
 def _compensated(
     W: torch.Tensor, kept: torch.Tensor, fitted: _outliers.Fitted, grid: Grid, E: torch.dtype, H: torch.Tensor,
     factor: _solvers.Factor,
-) -> tuple[_solvers.Solved, float, float]:  # fmt: skip
-    """GPTQ around the kept weights on a given grid, row by row never worse than nearest codes there; its loss and theirs."""
+) -> tuple[_solvers.Solved, float]:  # fmt: skip
+    """GPTQ around the kept weights on a given grid, row by row never worse than nearest codes there; and its loss."""
     rows = max(_solvers.LEAST_ROWS, _solvers.CHUNK // W.shape[1])
     nearest_codes = _plain(W, kept, fitted, grid, E)
-    parts, total, plain = [], 0.0, 0.0
+    parts, total = [], 0.0
     for start in range(0, len(W), rows):
         piece = slice(start, start + rows)
         fixed = (fitted.scale[piece], fitted.zero[piece])
         solved = _solvers.solve(W[piece], factor, grid, fixed=fixed, kept=_solvers.Kept(kept[piece], E))
         other = _solvers.Solved(*(p[piece] for p in nearest_codes.parts))
-        best, loss, rtn = _solvers.better_rows(W[piece], H, solved, other)
+        best, loss, _ = _solvers.better_rows(W[piece], H, solved, other)
         parts.append(best)
-        total, plain = total + loss, plain + rtn
-    return _solvers.join(parts), total, plain
+        total += loss
+    return _solvers.join(parts), total
 
 
 def compress(
@@ -296,7 +294,7 @@ def _linear(
         assert factor is not None
         base = float(_solvers.row_losses(W, solved, H).sum(dtype=torch.float64))
         weighted = _outliers.fit_others(W, kept, grid, factor.cost(), statistics)
-        better, loss, _ = _compensated(W, kept, weighted, grid, E, H, factor)
+        better, loss = _compensated(W, kept, weighted, grid, E, H, factor)
         if loss <= base:
             solved, fitted = better, weighted
         facts = _solvers.facts(factor, min(loss, base) / len(W), base / len(W))

@@ -78,7 +78,7 @@ class Reverse:
         missing = [i for i in range(len(self.blocks)) if not self._done(i)]
         if not missing:
             return
-        head = Head(self.blocks.skeleton, self.blocks.view, self.blocks.dtype)  # refuses what it does not know, before the work
+        head = Head(self.blocks.skeleton, self.blocks.view, self.blocks.dtype)
         inputs = self._forward()
         upstream = self._head(head, inputs[-1])
         last, began = missing[-1], time.monotonic()  # results below it are made again, to the same bytes
