@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from compress import registry
-from compress.checkpoint import dtypes, manifest, source
+from compress.checkpoint import dtypes, manifest, source, unpacked
 from compress.checkpoint.reader import CheckpointReader, read_json
 from compress.errors import CompressError
 from compress.formats._where import loads
@@ -38,6 +38,8 @@ class Description:
     where: list[tuple[str, str]]
     search: list[dict[str, Any]]
     widths: dict[str, dict[int, int]]  # last part of a linear's name -> bits -> how many linears, where bits differ
+    zeros: dict[str, tuple[float, float]]  # last part of a linear's name -> least and greatest share of zeros
+    patterns: list[str]  # N:M that the linears keep
     report: dict[str, Any] | None
 
 
@@ -57,7 +59,8 @@ def describe(folder: Path) -> Description:
         known["source"]["name"], known["method"], known["format"], known["config"], len(linears),
         sum(e["bits"] * weights[n] for n, e in linears.items()) / compressed, 8 * stored / (compressed + dense), stored,
         known["source"].get("weight_bytes"), compressed + dense, errors[:5], sum(e for _, e in errors) / len(errors),
-        loads(read_json(folder / "config.json")), known["search"], _widths(linears), read_json(report) if report.exists() else None,
+        loads(read_json(folder / "config.json")), known["search"], _widths(linears), *_zeros(linears),
+        read_json(report) if report.exists() else None,
     )  # fmt: skip
 
 
@@ -69,6 +72,17 @@ def _widths(linears: dict[str, dict[str, Any]]) -> dict[str, dict[int, int]]:
         bits = entry["params"].get("bits", 0)
         counts[bits] = counts.get(bits, 0) + 1
     return out if len({bits for counts in out.values() for bits in counts}) > 1 else {}
+
+
+def _zeros(linears: dict[str, dict[str, Any]]) -> tuple[dict[str, tuple[float, float]], list[str]]:
+    """Shares of zeros by name, as they were counted when the artifact was written, and patterns."""
+    out: dict[str, tuple[float, float]] = {}
+    for name, entry in linears.items():
+        if "density" in entry:
+            part, share = name.rsplit(".", 1)[-1], 1 - entry["density"]
+            low, high = out.get(part, (share, share))
+            out[part] = min(low, share), max(high, share)
+    return out, sorted({f"{e['params']['n']}:{e['params']['m']}" for e in linears.values() if "n" in e["params"]})
 
 
 def verify(folder: Path) -> list[str]:
@@ -151,7 +165,8 @@ def verify_deep(folder: Path, model: str | Path) -> list[str]:
     reader = CheckpointReader(folder)
     method = registry.load("methods", known["method"])
     rotation = method.transform(method.Config(**known["config"])) if hasattr(method, "transform") else None
-    skeleton, view = rotate.open_model(origin, load_config(origin), rotation)
+    pruned = unpacked.linears(origin) is not None
+    skeleton, view = rotate.open_model(origin, load_config(origin, compressed=pruned), rotation)
     for name, digest in source.hashes(origin, view.reader.files()).items():
         if known["source"]["files"].get(name, digest) != digest:
             raise CompressError(

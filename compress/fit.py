@@ -1,4 +1,4 @@
-"""Arguments become a job, a job becomes an artifact: `quantize` and what it shares with the other verbs."""
+"""A job becomes an artifact: `quantize`, `prune`, and what they share."""
 
 from __future__ import annotations
 
@@ -6,35 +6,30 @@ import dataclasses
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from compress import calibration, devices, registry
+from compress import calibration
 from compress.checkpoint import manifest, source
-from compress.checkpoint.writer import MAX_SHARD, CheckpointWriter, Shard, disk_errors, plan_shards
-from compress.errors import CompressError, nearest
-from compress.models import rotate
-from compress.models.head import Head
-from compress.models.skeleton import Skeleton, load_config
-from compress.models.view import CheckpointView
-from compress.pipeline import artifact, layout, memory
+from compress.checkpoint.writer import CheckpointWriter, Shard, disk_errors, plan_shards
+from compress.errors import CompressError
+from compress.job import Asked, Job, prepare
+from compress.pipeline import artifact, memory
 from compress.pipeline.blocks import Blocks
-from compress.pipeline.choices import WIDTH_SAMPLES, Choices, Widths, decide, reducers
+from compress.pipeline.choices import decide, reducers
 from compress.pipeline.estimate import Estimate, estimate, on_disk, reverse_bytes, reverse_seconds
-from compress.pipeline.forward import Forward, Walk
+from compress.pipeline.forward import Forward
 from compress.pipeline.resume import WorkDir, fingerprint, may_replace, tidy
 from compress.pipeline.reverse import Reverse
-from compress.types import Progress
+from compress.pipeline.survey import Survey
+from compress.pipeline.walk import Walk
 
 logger = logging.getLogger(__name__)
 TOOL = "llm-compress"
-_BATCH_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,100 +44,8 @@ class Report:
     mean_error: float
     seconds: float
     resumed: bool
-
-
-@dataclass(frozen=True)
-class Job:
-    """A prepared run: everything read from headers, nothing computed yet."""
-
-    folder: Path
-    name: str
-    method_name: str
-    method: ModuleType
-    config: Any
-    skeleton: Skeleton
-    view: CheckpointView
-    layout: layout.Layout
-    device: str
-    dtype: torch.dtype
-    batch_size: int
-    nsamples: int
-    seqlen: int | None
-    max_shard: int
-    format: str
-    ignore: tuple[str, ...]
-    widths: Widths
-
-    def planned(self, choices: Choices) -> Job:
-        """The same job with format params that its linears were given."""
-        mixed = self.widths.asked
-        plan = layout.make(self.skeleton, self.view, self.config, self.format, self.ignore, choices, mixed)
-        return dataclasses.replace(self, layout=plan)
-
-    @property
-    def needs_text(self) -> bool:
-        """Whether the job reads calibration text."""
-        return bool(self.method.CALIBRATED) or self.widths.target is not None
-
-    @property
-    def observes(self) -> bool:
-        """Whether text runs through the blocks while they are compressed."""
-        own = getattr(self.method, "observes", None)
-        return bool(self.method.CALIBRATED if own is None else own(self.config))
-
-    @property
-    def samples(self) -> int:
-        """Calibration windows that gradients are taken from, the first ones."""
-        return min(self.nsamples, int(getattr(self.config, "samples", WIDTH_SAMPLES)))
-
-    @property
-    def expand(self) -> int:
-        """Shifted copies of the calibration windows."""
-        return int(getattr(self.config, "expand", 1))
-
-
-def make_config(method: ModuleType, options: dict[str, Any]) -> Any:
-    """The method's Config from keyword options; an unknown one is answered with the nearest."""
-    known = [f.name for f in dataclasses.fields(method.Config)]
-    for key in options:
-        if key not in known:
-            raise CompressError(f"unknown option {key!r}", hint=nearest(key, known), usage=True)
-    return method.Config(**options)
-
-
-def prepare(
-    model: str | Path, method: str, *, format: str, ignore: tuple[str, ...], device: str, batch_size: int | None,
-    nsamples: int, seqlen: int | None, max_shard: int, trust_remote_code: bool, options: dict[str, Any],
-    layer_config: Sequence[str] = (), target_bpw: float | None = None,
-) -> Job:  # fmt: skip
-    """Check every option against the checkpoint's headers."""
-    module = registry.load("methods", method)
-    config = make_config(module, options)
-    folder = source.resolve(model)
-    hf_config = load_config(folder, trust_remote_code)
-    rotation = module.transform(config) if hasattr(module, "transform") else None
-    skeleton, view = rotate.open_model(folder, hf_config, rotation, trust_remote_code)
-    widths = Widths(tuple(layer_config), target_bpw)
-    plan = layout.make(skeleton, view, config, format, ignore, None, widths.asked)
-    device = devices.pick(device)
-    half = device != "cpu" and all(t.dtype == "BF16" for t in plan.targets.values())
-    length = calibration.pick_seqlen(seqlen, hf_config) if module.CALIBRATED or target_bpw is not None else seqlen
-    if batch_size is not None and batch_size < 1:
-        raise CompressError(f"--batch-size {batch_size} is not a number of windows", hint="use 1 or more", usage=True)
-    batch = batch_size or max(1, _BATCH_TOKENS // (length or _BATCH_TOKENS))
-    name = folder.resolve().name if Path(model).is_dir() else str(model).rsplit("/", 1)[-1]
-    job = Job(
-        folder, name, method.replace("-", "_").lower(), module, config, skeleton, view, plan, device,
-        torch.bfloat16 if half else torch.float32, batch, nsamples, length, max_shard, format, ignore, widths,
-    )  # fmt: skip
-    widths.check(plan)
-    for linear in plan.left:
-        logger.warning("%s stays dense: compressed-tensors 0.20 cannot read 4-bit zero-points of so few outputs", linear)
-    if reducers(module, config, plan, widths):
-        Head(skeleton, view, job.dtype)  # refuses what gradients do not know, before anything is read
-        if not job.observes:  # no other window would be looked at
-            job = dataclasses.replace(job, nsamples=job.samples)
-    return job.planned(widths.guess(plan))
+    zeros: float | None = None  # share of the pruned linears' weights, and of the whole model's
+    zeros_model: float | None = None
 
 
 def versions() -> dict[str, str]:
@@ -151,65 +54,120 @@ def versions() -> dict[str, str]:
 
 
 def quantize(
-    model: str | Path,
-    method: str,
-    out: str | Path,
-    *,
-    dataset: str | Path | None = None,
-    nsamples: int = 128,
-    seqlen: int | None = None,
-    seed: int | None = None,
-    batch_size: int | None = None,
-    device: str = "auto",
-    format: str = "pack-quantized",
-    ignore: tuple[str, ...] | list[str] = (),
-    layer_config: tuple[str, ...] | list[str] = (),
-    target_bpw: float | None = None,
-    states: str = "auto",
-    work_dir: str | Path | None = None,
-    resume: bool = True,
-    max_shard_size: int = MAX_SHARD,
-    trust_remote_code: bool = False,
-    progress: Callable[[Progress], None] | None = None,
-    **config: Any,
-) -> Report:
-    """Quantize a Hugging Face checkpoint into the folder `out` with a method of `compress methods`.
+    model: str | Path, method: str, out: str | Path, *, dataset: str | Path | None = None, nsamples: int = 128,
+    seqlen: int | None = None, device: str = "auto", resume: bool = True, **options: Any,
+) -> Report:  # fmt: skip
+    """Quantize a Hugging Face checkpoint, or a pruned artifact with its zeros kept, into the folder `out`.
 
-    `config` are the method's options (`bits`, `group_size`, …). `layer_config` gives linears widths of their own
-    ("re:.*down_proj=8"); `target_bpw` chooses those of the others from 2, 3, 4 and 8 bits, so that all linears take at most so many
-    bits per weight and the measured loss is least. An unfinished run of the same job is continued unless
-    `resume=False`; the artifact appears under `out` by one rename, when it is whole.
+    `options` are those of `job.Asked` and the method's own (`bits`, `group_size`, …). `layer_config` gives linears widths of
+    their own ("re:.*down_proj=8"); `target_bpw` chooses those of the others from 2, 3, 4 and 8 bits, so that all linears take at
+    most so many bits per weight and the measured loss is least; `keep_zeros` treats a dense checkpoint's zeros as a pruned one's.
+    An unfinished run of the same job is continued unless `resume=False`; the artifact appears under `out` by one rename, when it
+    is whole.
     """
+    common = {"dataset": dataset, "nsamples": nsamples, "seqlen": seqlen, "device": device, "resume": resume}
+    return _compress(model, method, Path(out), "quantize", _ask(common | options))
+
+
+def prune(
+    model: str | Path, method: str, out: str | Path, *, dataset: str | Path | None = None, nsamples: int = 128,
+    seqlen: int | None = None, device: str = "auto", resume: bool = True, then_bits: int | None = None, then_method: str = "gptq",
+    then_group_size: int = 128, **options: Any,
+) -> Report:  # fmt: skip
+    """Prune a Hugging Face checkpoint into the folder `out`; arguments as `quantize`.
+
+    `sparsity` is the share of zeros in the linears, or with `of_model` in the whole model; `pattern` "N:M" keeps N of every M
+    inputs. `domain_dataset` is the text of D-Pruner's domain. With `then_bits` the result is quantized by `then_method` with its
+    zeros kept: the same bytes as `prune` and `quantize` one after the other.
+    """
+    common = {"dataset": dataset, "nsamples": nsamples, "seqlen": seqlen, "device": device, "resume": resume}
+    first, out, began = _ask(common | options), Path(out), time.monotonic()
+    if then_bits is None:
+        return _compress(model, method, out, "prune", first)
+    then = {"bits": then_bits, "group_size": then_group_size}
+    passed = ("seed", "batch_size", "states", "max_shard_size", "trust_remote_code", "progress")
+    second = _ask(common | {k: v for k, v in options.items() if k in passed} | then)
+    ready = _prepare(model, method, "prune", first)
+    between = out.absolute().with_name(out.name + ".pruned")
+    resumed = resume and not between.exists() and _holds_both(out, ready.mark, then_method, then)
+    if not resumed:
+        _carry_out(ready, between, first)
+        _compress(between, then_method, out, "quantize", second)
+        shutil.rmtree(between, ignore_errors=True)
+    return _report(ready.job, out, began, resumed)
+
+
+def _ask(options: dict[str, Any]) -> Asked:
+    """Common options and the method's own, told apart."""
+    known = {f.name for f in dataclasses.fields(Asked)} - {"options"}
+    common = {k: v for k, v in options.items() if k in known}
+    for name in ("ignore", "layer_config"):
+        common[name] = tuple(common.get(name) or ())
+    asked = Asked(**common, options={k: v for k, v in options.items() if k not in known})
+    if asked.states not in ("auto", "ram", "disk"):
+        raise CompressError(f"--states {asked.states!r} is unknown", hint="use auto, ram or disk", usage=True)
+    return asked
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A job with its texts read and its fingerprint known."""
+
+    job: Job
+    tokens: torch.Tensor | None
+    domain: torch.Tensor | None
+    facts: dict[str, Any]
+    mark: str
+
+
+def _prepare(model: str | Path, method: str, verb: str, ask: Asked) -> _Ready:
+    job = prepare(model, method, verb, ask)
+    calib = _calibrate(job, ask.dataset, ask) if job.needs_text else None
+    domain = _domain(job, ask)
+    facts = _facts(job, calib, domain, ask.seed)
+    tokens = None if calib is None else calib.tokens
+    return _Ready(job, tokens, None if domain is None else domain.tokens, facts, _mark(job, facts))
+
+
+def _compress(model: str | Path, method: str, out: Path, verb: str, ask: Asked) -> Report:
+    """One job from its arguments to its report."""
     began = time.monotonic()
-    job = prepare(
-        model, method, format=format, ignore=tuple(ignore), device=device, batch_size=batch_size, nsamples=nsamples, seqlen=seqlen,
-        max_shard=max_shard_size, trust_remote_code=trust_remote_code, options=config, layer_config=layer_config,
-        target_bpw=target_bpw,
-    )  # fmt: skip
-    if states not in ("auto", "ram", "disk"):
-        raise CompressError(f"--states {states!r} is unknown", hint="use auto, ram or disk", usage=True)
-    calib = _calibrate(job, dataset, seed, trust_remote_code) if job.needs_text else None
-    facts = _facts(job, calib, seed)
-    mark = _mark(job, facts)
-    out, work_path = _places(Path(out), Path(work_dir) if work_dir is not None else None)
-    replace = not resume or may_replace(work_path, mark)
-    if _already_done(out, mark, not resume, replace):
-        if work_dir is None:
+    ready = _prepare(model, method, verb, ask)
+    resumed = _carry_out(ready, out, ask)
+    return _report(ready.job, out, began, resumed)
+
+
+def _carry_out(ready: _Ready, out: Path, ask: Asked) -> bool:
+    """Make the artifact, or find it made; whether something was there already."""
+    job, mark = ready.job, ready.mark
+    out, work_path = _places(out, Path(ask.work_dir) if ask.work_dir is not None else None)
+    replace = not ask.resume or may_replace(work_path, mark)
+    if _already_done(out, mark, not ask.resume, replace):
+        if ask.work_dir is None:
             tidy(work_path)
         logger.info("%s is already there, made by the same job (--restart makes it again)", out)
-        return _report(job, out, began, resumed=True)
-    work = WorkDir(work_path, mark, restart=not resume)
-    resumed = work.done > 0 or (work.path / "reverse").exists()
+        return True
+    work = WorkDir(work_path, mark, restart=not ask.resume)
+    resumed = work.done > 0 or any((work.path / part).exists() for part in ("reverse", "survey"))
+    run = _Run(job, ask, work, ready.tokens, ready.domain)
     try:
         _check_space(work, plan_shards(job.layout.plan, job.max_shard))
         with memory.long_run():
-            job, located = _decide(job, calib, work, states, progress)
-            _walk(job, calib, work, states, progress, located)
-        _finish(job, work, {**facts, "job": mark, "format": format})
-        work.publish(out, work_dir is not None, replace)
+            run.all()
+        _finish(run.job, work, {**ready.facts, "job": mark, "format": job.format})
+        work.publish(out, ask.work_dir is not None, replace)
     finally:
         work.close()
-    return _report(job, out, began, resumed)
+    return resumed
+
+
+def _holds_both(out: Path, pruned: str, method: str, then: dict[str, Any]) -> bool:
+    """Whether `out` is the quantized artifact of a pruning job with this fingerprint."""
+    if not (out / manifest.FILE).is_file():
+        return False
+    known = manifest.read(out)
+    same = known["source"].get("pruned", {}).get("job") == pruned and known["method"] == method.replace("-", "_").lower()
+    return same and all(known["config"].get(k) == v for k, v in then.items()) and not manifest.check_files(out, known)
 
 
 def _mark(job: Job, facts: dict[str, Any]) -> str:
@@ -218,40 +176,66 @@ def _mark(job: Job, facts: dict[str, Any]) -> str:
     return fingerprint({**facts, **settings, "shard": job.max_shard})
 
 
-def _decide(
-    job: Job, calib: calibration.Calibration | None, work: WorkDir, states: str, progress: Callable[[Progress], None] | None
-) -> tuple[Job, Reverse | None]:  # fmt: skip
-    """The reverse walk, where the method or the widths ask for gradients, and the layout that follows from it."""
-    makers = reducers(job.method, job.config, job.layout, job.widths)
-    if not makers:
-        return job, None
-    assert calib is not None
-    tokens = calib.tokens[: job.samples]
-    blocks = Blocks(job.skeleton, job.view, job.device, job.dtype)
-    kept = tokens.numel() * (len(blocks) + 1) // 3  # `on_disk` counts three copies
-    disk = on_disk(states, kept, job.skeleton.config.get_text_config().hidden_size, job.dtype)
-    folder = work.path / "reverse"
-    walk = Reverse(blocks, job.layout, tokens, makers, folder, work.path if disk else None, work.job, progress)
-    walk.run()
-    return job.planned(decide(walk, job.method, job.config, job.widths)), walk
+class _Run:
+    """The walks of one job: a survey and a reverse walk where the method asks for them, then the one that compresses."""
 
+    def __init__(self, job: Job, ask: Asked, work: WorkDir, tokens: torch.Tensor | None, domain: torch.Tensor | None) -> None:
+        self.job, self.ask, self.work = job, ask, work
+        self.tokens, self.domain = tokens, domain
+        self.survey: Survey | None = None
+        self.reverse: Reverse | None = None
 
-def _walk(
-    job: Job, calib: calibration.Calibration | None, work: WorkDir, states: str, progress: Callable[[Progress], None] | None,
-    located: Reverse | None,
-) -> None:  # fmt: skip
-    """Compress every block and finish the shards."""
-    writer = CheckpointWriter(work.artifact, job.layout.plan, job.max_shard)
-    writer.open(fresh=work.done == 0)
-    tokens = calibration.expand(calib.tokens, job.expand) if calib is not None and job.observes else None
-    width = job.skeleton.config.get_text_config().hidden_size
-    disk = on_disk(states, tokens.numel() if tokens is not None else 0, width, job.dtype)
-    walk = Walk(
-        job.skeleton, job.view, job.layout, job.method, job.config, tokens, job.batch_size, job.device, job.dtype, disk, progress,
-        None if located is None else located.result,
-    )  # fmt: skip
-    Forward(walk, writer, work).run()
-    writer.finish()
+    def all(self) -> None:
+        """Every walk, in order."""
+        if self.job.surveys:
+            tokens = self.tokens if self.job.survey_observes else None
+            self.survey = Survey(self._walk(tokens), self.work.path / "survey", self.work.job)
+            self.survey.run()
+        self._gradients()
+        job, work = self.job, self.work
+        writer = CheckpointWriter(work.artifact, job.layout.plan, job.max_shard)
+        writer.open(fresh=work.done == 0)
+        tokens = self.tokens if job.observes else None
+        Forward(self._walk(None if tokens is None else calibration.expand(tokens, job.expand)), writer, work).run()
+        writer.finish()
+
+    def _walk(self, tokens: torch.Tensor | None) -> Walk:
+        job = self.job
+        disk = on_disk(self.ask.states, tokens.numel() if tokens is not None else 0, self._width, job.dtype)
+        return Walk(
+            job.skeleton, job.view, job.layout, job.method, job.config, tokens, job.batch_size, job.device, job.dtype,
+            self.work.path if disk else None, self.ask.progress,
+            None if self.reverse is None else self.reverse.result, None if self.survey is None else self.survey.result,
+        )  # fmt: skip
+
+    @property
+    def _width(self) -> int:
+        return int(self.job.skeleton.config.get_text_config().hidden_size)
+
+    def _gradients(self) -> None:
+        """The reverse walk, where the method or the widths ask for gradients, and the layout that follows from it."""
+        job, work = self.job, self.work
+        makers = reducers(job.method, job.config, job.layout, job.widths)
+        if makers:
+            tokens = self.domain if self.domain is not None else self.tokens
+            assert tokens is not None
+            tokens = tokens[: job.samples]
+            blocks = Blocks(job.skeleton, job.view, job.device, job.dtype)
+            kept = tokens.numel() * (len(blocks) + 1) // 3  # `on_disk` counts three copies
+            disk = on_disk(self.ask.states, kept, self._width, job.dtype)
+            self.reverse = Reverse(
+                blocks, job.layout, tokens, makers, work.path / "reverse", work.path if disk else None, work.job,
+                self.ask.progress, None if self.survey is None else self.survey.result,
+            )  # fmt: skip
+            self.reverse.run()
+        if makers or self.survey is not None:
+            prefixes = [job.skeleton.prefix(i) for i in range(len(job.skeleton.blocks))]
+            self.job = job.planned(decide(job.layout, prefixes, job.method, job.config, job.widths, self._kept))
+
+    def _kept(self, index: int) -> dict[str, torch.Tensor]:
+        """What the earlier walks kept of a block."""
+        walks = (self.survey, self.reverse)
+        return {name: t for walk in walks if walk is not None for name, t in walk.result(index).items()}
 
 
 def _finish(job: Job, work: WorkDir, facts: dict[str, Any]) -> None:
@@ -262,40 +246,48 @@ def _finish(job: Job, work: WorkDir, facts: dict[str, Any]) -> None:
     artifact.write_manifest(work.artifact, {**facts, "linears": work.state["linears"], "search": work.state["search"]})
 
 
-def dry_run(
-    model: str | Path, method: str, *, nsamples: int = 128, seqlen: int | None = None, batch_size: int | None = None,
-    device: str = "auto", format: str = "pack-quantized", ignore: tuple[str, ...] | list[str] = (), states: str = "auto",
-    max_shard_size: int = MAX_SHARD, trust_remote_code: bool = False, layer_config: tuple[str, ...] | list[str] = (),
-    target_bpw: float | None = None, **config: Any,
-) -> Estimate:  # fmt: skip
-    """Predict an artifact's size, the peak memory and the time from headers alone; reads no weight."""
-    job = prepare(
-        model, method, format=format, ignore=tuple(ignore), device=device, batch_size=batch_size, nsamples=nsamples, seqlen=seqlen,
-        max_shard=max_shard_size, trust_remote_code=trust_remote_code, options=config, layer_config=layer_config,
-        target_bpw=target_bpw,
-    )  # fmt: skip
+def dry_run(model: str | Path, method: str, *, verb: str = "quantize", **options: Any) -> Estimate:
+    """Predict an artifact's size, the peak memory and the time from headers alone; reads no weight. Options as the verb's."""
+    ask = _ask(options)
+    job = prepare(model, method, verb, ask)
     size = sum(s.size for s in plan_shards(job.layout.plan, job.max_shard))
-    tokens = job.nsamples * job.expand * (job.seqlen or 0) if job.observes else 0
+    tokens = job.nsamples * job.expand * (job.seqlen or 0) if job.observes or job.survey_observes else 0
     windows = (tokens, job.batch_size, job.seqlen or 0)
-    found = estimate(job.skeleton, job.view, job.layout, job.method, job.config, size, *windows, job.dtype, states)
+    found = estimate(job.skeleton, job.view, job.layout, job.method, job.config, size, *windows, job.dtype, ask.states)
     makers = reducers(job.method, job.config, job.layout, job.widths)
     if not makers or job.seqlen is None:
         return found
-    exact = target_bpw is None and getattr(job.config, "scope", "tensor") == "tensor"
-    peak = reverse_bytes(job.skeleton, job.view, len(makers), job.samples, job.seqlen, job.dtype, states)
-    seconds = reverse_seconds(job.layout, job.samples * job.seqlen, 4 if target_bpw is not None else 0)
+    exact = ask.target_bpw is None and getattr(job.config, "scope", "tensor") != "global"
+    peak = reverse_bytes(job.skeleton, job.view, len(makers), job.samples, job.seqlen, job.dtype, ask.states)
+    seconds = reverse_seconds(job.layout, job.samples * job.seqlen, 4 if ask.target_bpw is not None else 0)
     peak = max(found.peak_memory, peak)
     return dataclasses.replace(found, peak_memory=peak, seconds=found.seconds + seconds, exact=exact)
 
 
-def _calibrate(job: Job, dataset: str | Path | None, seed: int | None, trust_remote_code: bool) -> calibration.Calibration:
+def _calibrate(job: Job, dataset: str | Path | None, ask: Asked, nsamples: int | None = None) -> calibration.Calibration:
     assert job.seqlen is not None
-    tokenizer = calibration.load_tokenizer(job.folder, trust_remote_code)
+    tokenizer = calibration.load_tokenizer(job.folder, ask.trust_remote_code)
     vocab = job.skeleton.model.get_input_embeddings().num_embeddings
-    return calibration.load(dataset, tokenizer, nsamples=job.nsamples, seqlen=job.seqlen, seed=seed, vocab=vocab)
+    count = job.nsamples if nsamples is None else nsamples
+    return calibration.load(dataset, tokenizer, nsamples=count, seqlen=job.seqlen, seed=ask.seed, vocab=vocab)
 
 
-def _facts(job: Job, calib: calibration.Calibration | None, seed: int | None) -> dict[str, Any]:
+def _domain(job: Job, ask: Asked) -> calibration.Calibration | None:
+    """Windows of the domain's text, for methods that have one."""
+    wanted = bool(getattr(job.method, "DOMAIN", False))
+    if ask.domain_dataset is None and not wanted:
+        return None
+    if ask.domain_dataset is None or not wanted:
+        raise CompressError(
+            f"{job.method_name} needs --domain-dataset" if wanted else f"--domain-dataset means nothing to {job.method_name}",
+            hint="a .txt, .jsonl or .parquet file of the domain" if wanted else "use -m dpruner, or --dataset", usage=True,
+        )  # fmt: skip
+    return _calibrate(job, ask.domain_dataset, ask, job.samples)
+
+
+def _facts(
+    job: Job, calib: calibration.Calibration | None, domain: calibration.Calibration | None, seed: int | None
+) -> dict[str, Any]:  # fmt: skip
     """The manifest's provenance, known before the work starts."""
     return {
         "tool": f"{TOOL} {metadata.version(TOOL)}",
@@ -304,11 +296,13 @@ def _facts(job: Job, calib: calibration.Calibration | None, seed: int | None) ->
             "revision": source.revision(job.folder),
             "files": source.hashes(job.folder, job.view.reader.files()),
             "weight_bytes": sum(e.nbytes for e in job.view.reader.entries.values()),
+            **job.history,
         },
         "method": job.method_name,
         "config": dataclasses.asdict(job.config),
         "seed": seed,
         "calibration_sha256": calib.sha256 if calib is not None else None,
+        **({"domain_sha256": domain.sha256} if domain is not None else {}),
         "versions": versions() | ({"scipy": metadata.version("scipy")} if job.widths.target is not None else {}),
         "extra": job.view.extra,
         **job.widths.record(),
@@ -376,4 +370,7 @@ def _report(job: Job, out: Path, began: float, resumed: bool) -> Report:
     size = sum(f["bytes"] for name, f in known["files"].items() if name.endswith(".safetensors"))
     before = sum((job.folder / name).stat().st_size for name in job.view.reader.files())
     error = sum(entry["error"] for entry in linears) / len(linears)
-    return Report(out, len(linears), bits, size, before, error, time.monotonic() - began, resumed)
+    zeros = sum((1 - e.get("density", 1.0)) * e["shape"][0] * e["shape"][1] for e in linears)
+    total = sum(torch.Size(job.view.shape(n)).numel() for n in job.view.names)
+    share = (zeros / weights, zeros / total) if any("density" in e for e in linears) else (None, None)
+    return Report(out, len(linears), bits, size, before, error, time.monotonic() - began, resumed, *share)

@@ -186,7 +186,8 @@ def _schemes(settings: Mapping[str, Any]) -> list[_Scheme]:
             raise _unsupported(f"format {form!r}")
         kind = "int_grouped" if form == "pack-quantized" else form.removeprefix(_GUARD)
         registry.by_kind(kind)  # refuses what we do not know
-        schemes.append(_Scheme(kind, _weights(group), tuple(group.get("targets", ()))))
+        params = group["compress"] if isinstance(group.get("compress"), dict) else _weights(group)
+        schemes.append(_Scheme(kind, params, tuple(group.get("targets", ()))))
     return schemes
 
 
@@ -244,7 +245,7 @@ def _completed(scheme: _Scheme, found: Mapping[str, TensorSpec]) -> _Scheme:
 
 
 def _check(name: str, scheme: _Scheme, shape: tuple[int, int], found: Mapping[str, TensorSpec]) -> _Linear:
-    size = scheme.params["group_size"]
+    size = scheme.params.get("group_size", -1)
     if not isinstance(size, int) or (size != -1 and (size < 1 or shape[1] % size)):
         raise CompressError(f"{name}: {shape[1]} inputs are no multiple of group_size {size}", hint=_UNFIT)
     stored = next((dtype for dtype, _ in found.values() if dtype in dtypes.FLOATS), "F16")

@@ -116,4 +116,5 @@ def prepare(model: nn.Module, exact: bool) -> None:
             try:
                 module.prepare(exact)
             except ValueError as error:
-                raise CompressError(f"{name}: {error}", hint="the artifact is damaged: copy it again") from error
+                hint = "use another value" if "COMPRESS_BACKEND" in str(error) else "the artifact is damaged: copy it again"
+                raise CompressError(f"{name}: {error}", hint=hint) from error

@@ -24,6 +24,20 @@ def summary(package: str, name: str) -> str:
     return (ast.get_docstring(tree) or "").split("\n")[0]
 
 
+def verb(method: str) -> str:
+    """The verb that a method belongs to: its module's VERB, read without importing it; `quantize` where it has none."""
+    path = _PACKAGE / "methods" / f"{method.replace('-', '_').lower()}.py"
+    for node in ast.parse(path.read_text(encoding="utf-8")).body if path.exists() else ():
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "VERB":
+            return str(ast.literal_eval(node.value))
+    return "quantize"
+
+
+def methods(of: str) -> list[str]:
+    """Names of the methods of one verb."""
+    return [name for name in names("methods") if verb(name) == of]
+
+
 def load(package: str, name: str) -> ModuleType:
     """Import `compress.<package>.<name>`; an unknown name is answered with the nearest known one."""
     known = names(package)

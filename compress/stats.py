@@ -19,6 +19,7 @@ class InputStats:
         self._want = want
         self._group = group
         self._abs = torch.zeros(0)
+        self._energy = torch.zeros(0)
         self._blocks: torch.Tensor | None = None  # (G, g, g)
         self._H: torch.Tensor | None = None  # (I, I)
         self._mirrored = True
@@ -33,6 +34,9 @@ class InputStats:
         if Stat.ABSMEAN in self._want:
             total = x.abs().sum(0, dtype=torch.float64)
             self._abs = total if self._abs.numel() == 0 else self._abs + total
+        if Stat.ENERGY in self._want:
+            energy = x.square().sum(0, dtype=torch.float64)
+            self._energy = energy if self._energy.numel() == 0 else self._energy + energy
         if self._X is not None:
             self._X.append(x.clone())
         elif Stat.GRAM in self._want:
@@ -66,6 +70,10 @@ class InputStats:
     def absmean(self) -> torch.Tensor:
         """Mean |x| per channel (I,), fp32."""
         return (self._abs / self.tokens).float()
+
+    def energy(self) -> torch.Tensor:
+        """Mean over tokens of x² per channel (I,), fp32."""
+        return (self._energy / self.tokens).float()
 
     def quadratic(self, D: torch.Tensor) -> float:
         """Mean over tokens of |D x|^2 for D (O, I)."""

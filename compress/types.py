@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,6 +28,14 @@ class Scaling:
 
 
 @dataclass(frozen=True, slots=True)
+class Sparsity:
+    """What a checkpoint records about a linear whose zeros are meant."""
+
+    pattern: tuple[int, int] | None = None  # N kept of every M inputs
+    mask_sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     """One transformer block as it lies in the checkpoint.
 
@@ -44,6 +52,8 @@ class Block:
     no_clip: frozenset[str] = frozenset()  # linears whose outputs are multiplied together (q, k): clipping them is unsafe
     params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of each linear's format, where the layout decided them
     gradient: Mapping[str, torch.Tensor] = field(default_factory=dict)  # what the method's reducer kept of the reverse walk
+    survey: Mapping[str, torch.Tensor] = field(default_factory=dict)  # what the method kept of its own walk before this one
+    sparse: frozenset[str] = frozenset()  # linears whose zeros must stay zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +69,7 @@ class Stat(enum.Flag):
     NONE = 0
     ABSMEAN = enum.auto()  # mean |x| per channel, [I]
     GROUP_GRAM = enum.auto()  # sum of x xᵀ inside each group of `group` channels, [I/g, g, g]
+    ENERGY = enum.auto()  # mean x² per channel, [I]
     GRAM = enum.auto()  # the whole second moment, [I, I] (kept as samples while there are fewer tokens than channels)
 
 
@@ -80,6 +91,15 @@ class Packed:
     params: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor]  # suffix -> tensor, written as `<linear>.<suffix>`
     shape: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Trainable:
+    """A packed linear opened for training: its float parts, the weight (O, I) that they make, and the way back."""
+
+    parts: Mapping[str, torch.Tensor]  # fp32
+    weight: Callable[[Mapping[str, torch.Tensor]], torch.Tensor]  # differentiable
+    rebuild: Callable[[Mapping[str, torch.Tensor]], Packed]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +130,9 @@ class Progress:
     seconds: float
     left: float  # seconds, from the blocks done in this run
     rss: int  # bytes
-    error: float | None = None  # mean relative weight error of the block's linears; None in the reverse walk
+    error: float | None = None  # mean relative weight error of the block's linears; None in walks that compress nothing
     bits: float | None = None  # stored bits per weight
+    what: str = "gradients"  # of a walk that compresses nothing
 
 
 class Reducer(Protocol):

@@ -22,7 +22,7 @@ HEAD = """# Command line
 Made from `--help` by `python docs/generate_cli.py`; do not edit. `_` and `-` are both accepted in option names. stdout carries
 results, stderr everything else. Exit codes: 0 done, 1 our error, 2 usage, 130 interrupted.
 """
-VERBS = ("quantize", "inspect", "verify", "eval", "generate", "methods")
+VERBS = ("quantize", "prune", "inspect", "verify", "eval", "generate", "methods")
 METAVAR = re.compile(r"^  \w+ <\w+>|<[\w\[\], ]+>|\{\w+\}|\b(TEXT|INTEGER|FLOAT|PATH|MODEL|ARTIFACT)\b", re.MULTILINE)
 
 
@@ -42,9 +42,9 @@ def options(text: str) -> dict[str, str]:
     return {p.split("\n")[0].split("  ")[1]: p for p in paragraphs}
 
 
-def own_options(method: str) -> str:
+def own_options(verb: str, method: str) -> str:
     """The options that only this method has."""
-    text, common = help_text("quantize", "-m", method), options(help_text("quantize"))
+    text, common = help_text(verb, "-m", method), options(help_text(verb))
     return "\n".join(p for name, p in options(text).items() if name not in common)
 
 
@@ -55,8 +55,8 @@ def page() -> str:
     parts = [HEAD, _section("compress", help_text())]
     for verb in VERBS:
         parts.append(_section(f"compress {verb}", help_text(verb)))
-        if verb == "quantize":
-            parts += [_section(f"compress quantize -m {name}", own_options(name), 3) for name in registry.names("methods")]
+        if verb in ("quantize", "prune"):
+            parts += [_section(f"compress {verb} -m {name}", own_options(verb, name), 3) for name in registry.methods(verb)]
     return "\n".join(parts)
 
 

@@ -23,8 +23,9 @@ from compress.methods._quantizer import Grid, fake, fit, fit_range, round_to
 from compress.models.skeleton import Skeleton, load_config
 from compress.models.view import CheckpointView
 from compress.pipeline import layout
-from compress.pipeline.forward import Forward, Walk
+from compress.pipeline.forward import Forward
 from compress.pipeline.resume import WorkDir
+from compress.pipeline.walk import Walk
 from compress.types import Block, Scaling
 
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "awq_stories15M.json").read_text())
@@ -43,7 +44,7 @@ def walk_with(probe: Callable[..., None], folder: Path, tmp_path: Path, tokens: 
     plan = layout.make(skeleton, view, config, "pack-quantized", ())
     work = WorkDir(tmp_path / "work", "probe", restart=True)
     method = SimpleNamespace(collects=awq.collects, compress=compress)
-    walk = Walk(skeleton, view, plan, method, config, tokens, batch, "cpu", torch.float32, False)  # type: ignore[arg-type]
+    walk = Walk(skeleton, view, plan, method, config, tokens, batch, "cpu", torch.float32, None)  # type: ignore[arg-type]
     writer = CheckpointWriter(work.artifact, plan.plan)
     writer.open(fresh=True)
     Forward(walk, writer, work).run()

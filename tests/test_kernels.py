@@ -189,6 +189,7 @@ def test_the_package_imports_torch_and_itself_only() -> None:
         "functools",
         "logging",
         "math",
+        "os",
         "typing",
     }
     root = Path(compress_kernels.__file__).parent

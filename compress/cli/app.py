@@ -9,15 +9,16 @@ import typer
 from compress import registry
 from compress.cli import HELP
 from compress.cli.artifacts import inspect_artifact, verify_artifact
+from compress.cli.compression import DEFAULT, command
 from compress.cli.evaluation import evaluate_model, generate_text
-from compress.cli.quantization import DEFAULT_METHOD, quantize_command
 
 
 def build(args: list[str]) -> typer.Typer:
-    """The application; `args` are looked at only to find the method whose options `quantize` shall show."""
+    """The application; `args` are looked at only to find the method whose options its verb shall show."""
     app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.callback()(_root)
-    app.command("quantize")(quantize_command(_method(args)))
+    for verb in DEFAULT:
+        app.command(verb)(command(verb, _method(args, verb)))
     app.command("inspect")(inspect_artifact)
     app.command("verify")(verify_artifact)
     app.command("eval")(evaluate_model)
@@ -37,14 +38,16 @@ def _root(
 
 
 def methods() -> None:
-    """List the methods."""
-    for name in registry.names("methods"):
-        print(f"{name:12s} {registry.summary('methods', name)}")
+    """List the methods, by the command that runs them."""
+    for verb in DEFAULT:
+        print(f"compress {verb}")
+        for name in registry.methods(verb):
+            print(f"  {name:12s} {registry.summary('methods', name)}")
 
 
-def _method(args: list[str]) -> str | None:
-    """The value of -m / --method if `quantize` is called; the default one unless only its help is asked for."""
-    if "quantize" not in args[:1]:
+def _method(args: list[str], verb: str) -> str | None:
+    """The value of -m / --method if `verb` is called; its default one unless only its help is asked for."""
+    if verb not in args[:1]:
         return None
     for i, arg in enumerate(args):
         if arg in ("-m", "--method"):
@@ -54,4 +57,4 @@ def _method(args: list[str]) -> str | None:
                 return arg.removeprefix(prefix)
         if arg.startswith("-m") and len(arg) > 2:
             return arg[2:]
-    return None if "--help" in args else DEFAULT_METHOD
+    return None if "--help" in args else DEFAULT[verb]

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from compress.cli.quantization import size
+from compress.cli.compression import size
 from compress.errors import CompressError
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -34,6 +34,10 @@ def inspect_artifact(
     print(f"  linears    {d.linears} at {d.bits_linears:.3f} bits per weight")
     for part, counts in d.widths.items():
         print(f"               {part}: " + ", ".join(f"{n} at {bits} bits" for bits, n in sorted(counts.items())))
+    if d.zeros:
+        pattern = f" ({', '.join(d.patterns)}; verify checks every group)" if d.patterns else ""
+        ranges = (f"{part} {_span(low, high)}" for part, (low, high) in d.zeros.items())
+        print(f"  zeros      {', '.join(ranges)}{pattern}")
     print(
         f"  model      {d.parameters / 1e6:.1f}M parameters at {d.bits_model:.3f} bits per weight with embeddings, {size(d.bytes)}"
     )
@@ -51,6 +55,11 @@ def inspect_artifact(
     for metric in (d.report or {}).get("metrics", []):
         beside = "" if metric["baseline"] is None else f"   baseline {metric['baseline']:.4f}"
         print(f"  {metric['name'] + ':':20s} {metric['value']:.4f}{beside}")
+
+
+def _span(low: float, high: float) -> str:
+    """A share of zeros, or its range over the blocks."""
+    return f"{low:.2%}" if high - low < 1e-4 else f"{low:.2%} to {high:.2%}"
 
 
 def verify_artifact(

@@ -76,6 +76,11 @@ def unpack(packed: Packed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return q, packed.tensors["scales"].T.contiguous(), zero
 
 
+def from_int_grouped(packed: Packed, params: Mapping[str, Any]) -> Packed:
+    """The same weight in the gemm layout, its scales rounded to fp16."""
+    return pack(*int_grouped.unpack(packed), bits=int(params["bits"]), group_size=int(params["group_size"]))
+
+
 def to_int_grouped(packed: Packed) -> Packed:
     """The same weight, value for value, as `int_grouped`."""
     return int_grouped.pack(*unpack(packed), bits=4, group_size=int(packed.params["group_size"]))

@@ -83,11 +83,11 @@ def compress(
     errors: dict[str, float] = {}
     record: list[dict[str, Any]] = []
     for group in block.groups:
-        for own, names in by_width(block, group, grid).items():
+        for own, sparse, names in alike(block, group, grid):
             W = torch.cat([block.weights[n].float() for n in names])
             H = stats[names[0]].hessian()
             solved, facts = _solvers.second_order(
-                W, H, own, damp=config.damp, act_order=config.act_order, clip=config.clip, name=names[0]
+                W, H, own, damp=config.damp, act_order=config.act_order, clip=config.clip, name=names[0], sparse=sparse
             )
             record.append({"linears": names, **facts})
             start = 0
@@ -98,10 +98,10 @@ def compress(
     return Result(packed, {}, errors, {"hessian": record})
 
 
-def by_width(block: Block, group: tuple[str, ...], grid: Grid) -> dict[Grid, list[str]]:
-    """The linears of a group that are to be compressed, by their grid."""
-    found: dict[Grid, list[str]] = {}
+def alike(block: Block, group: tuple[str, ...], grid: Grid) -> list[tuple[Grid, bool, list[str]]]:
+    """The linears of a group that can be solved as one: by their grid, and by whether their zeros must stay."""
+    found: dict[tuple[Grid, bool], list[str]] = {}
     for n in group:
         if n in block.weights:
-            found.setdefault(grid.at(block.params.get(n)), []).append(n)
-    return found
+            found.setdefault((grid.at(block.params.get(n)), n in block.sparse), []).append(n)
+    return [(own, sparse, names) for (own, sparse), names in found.items()]

@@ -116,12 +116,13 @@ def factorize(H: torch.Tensor, damp: float, act_order: str = "off", group: int =
 
 def solve(
     W: torch.Tensor, factor: Factor, grid: Grid, fitter: Fitter | None = None,
-    fixed: tuple[torch.Tensor, torch.Tensor] | None = None, kept: Kept | None = None,
+    fixed: tuple[torch.Tensor, torch.Tensor] | None = None, kept: Kept | None = None, gone: torch.Tensor | None = None,
 ) -> Solved:  # fmt: skip
     """Round W (O, I) fp32 to the grid, column by column, each group's (scale, zero) by `fitter`, or all of them `fixed` (O, G).
 
     `fitter` chooses (scale, zero) of a group from its current weights and from what an error costs after compensation, 1/U_cc².
-    Weights in `kept` are only rounded to its dtype, as compensated so far.
+    Weights in `kept` are only rounded to its dtype, as compensated so far. Weights in `gone` (O, I) bool become exactly 0, the
+    zero-point's code, whatever the columns before them push onto them.
     """
     O, I = W.shape
     g = grid.size(I)
@@ -129,6 +130,7 @@ def solve(
     order = factor.order
     V = (W if order is None else W[:, order]).T.contiguous()  # (I, O): a column of W is contiguous
     keep = None if kept is None else (kept.mask if order is None else kept.mask[:, order]).T.contiguous()
+    away = None if gone is None else (gone if order is None else gone[:, order]).T.contiguous()
     where = torch.arange(I, device=W.device) if order is None else order
     scale, zero = (torch.empty(I // g, O, device=W.device) for _ in range(2))
     if fixed is not None:
@@ -146,13 +148,16 @@ def solve(
             k = group_of[c]
             if fixed is None and c % g == 0:
                 assert fitter is not None
-                s, z = fitter(V[c : c + g].T.contiguous(), cost[c : c + g], row)
+                v = V[c : c + g] if away is None else V[c : c + g].masked_fill(away[c : c + g], 0.0)
+                s, z = fitter(v.T.contiguous(), cost[c : c + g], row)
                 scale[k], zero[k] = s[:, 0], z[:, 0]
             w, s, z = V[c], scale[k], zero[k]
             code, e = q[c], E[c - start]
             torch.div(w, s, out=code).round_().add_(z).clamp_(0, grid.levels)
             if keep is not None:
                 code.copy_(torch.where(keep[c], z, code))
+            if away is not None:
+                code.copy_(torch.where(away[c], z, code))
             torch.sub(code, z, out=e).mul_(s).neg_().add_(w)
             if keep is not None and kept is not None:
                 e.copy_(torch.where(keep[c], w - w.to(kept.dtype).to(w), e))
@@ -192,9 +197,11 @@ def better_rows(W: torch.Tensor, H: torch.Tensor, a: Solved, b: Solved) -> tuple
 
 
 def second_order(
-    W: torch.Tensor, H: torch.Tensor, grid: Grid, *, damp: float, act_order: str, clip: str, name: str
+    W: torch.Tensor, H: torch.Tensor, grid: Grid, *, damp: float, act_order: str, clip: str, name: str, sparse: bool = False
 ) -> tuple[Solved, dict[str, Any]]:
     """Round W (O, I) with H (I, I), row by row never worse than rounding to nearest; and what happened, for the manifest.
+
+    `sparse` keeps the zeros of W exactly.
 
     `clip`: "off", "mse" (the quantizer's norm-2.4 search) or "hessian" (weighted by what an error costs after compensation).
     """
@@ -204,7 +211,7 @@ def second_order(
     parts, losses, plain = [], 0.0, 0.0
     for w in W.split(max(LEAST_ROWS, CHUNK // W.shape[1])):
         fixed = fitter(w.masked_fill(factor.dead, 0.0), cost, grid) if act_order == "static" else None
-        solved = solve(w, factor, grid, fitter, fixed)
+        solved = solve(w, factor, grid, fitter, fixed, gone=w == 0 if sparse else None)
         nearest = fit(w, grid)
         best, loss, rtn = better_rows(w, H, solved, Solved(encode(w, *nearest, grid), *nearest))
         parts.append(best)

@@ -106,7 +106,7 @@ class Located:
     """`types.Reducer`: flat indices of each linear's largest scores, largest first; its share, or more in global scope."""
 
     def __init__(self, block: Block, config: Config) -> None:
-        self._weights, self._config = block.weights, config
+        self._weights, self._sparse, self._config = block.weights, block.sparse, config
         self._scores: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, x: torch.Tensor, dy: torch.Tensor) -> None:
@@ -125,6 +125,8 @@ class Located:
                 score = W.float().abs() if self._config.scope == "tensor" else torch.zeros(W.shape, device=W.device)
             if self._config.score == "abs-ge":
                 score = score * fake(W.float().contiguous(), _grid(self._config, torch.float32)).sub_(W.float()).abs_()
+            if name in self._sparse:  # a weight that is gone needs no place beside the grid
+                score = score.masked_fill(W == 0, 0.0)
             most = 1 if self._config.scope == "tensor" else _CANDIDATES
             index = _outliers.top(score, min(W.numel(), most * _outliers.count(self._config.fraction, W.numel())))
             out[name] = index.to(torch.int32)
@@ -234,7 +236,7 @@ def _plain(W: torch.Tensor, kept: torch.Tensor, fitted: _outliers.Fitted, grid: 
 
 def _compensated(
     W: torch.Tensor, kept: torch.Tensor, fitted: _outliers.Fitted, grid: Grid, E: torch.dtype, H: torch.Tensor,
-    factor: _solvers.Factor,
+    factor: _solvers.Factor, sparse: bool,
 ) -> tuple[_solvers.Solved, float]:  # fmt: skip
     """GPTQ around the kept weights on a given grid, row by row never worse than nearest codes there; and its loss."""
     rows = max(_solvers.LEAST_ROWS, _solvers.CHUNK // W.shape[1])
@@ -243,7 +245,8 @@ def _compensated(
     for start in range(0, len(W), rows):
         piece = slice(start, start + rows)
         fixed = (fitted.scale[piece], fitted.zero[piece])
-        solved = _solvers.solve(W[piece], factor, grid, fixed=fixed, kept=_solvers.Kept(kept[piece], E))
+        gone = (W[piece] == 0) & ~kept[piece] if sparse else None
+        solved = _solvers.solve(W[piece], factor, grid, fixed=fixed, kept=_solvers.Kept(kept[piece], E), gone=gone)
         other = _solvers.Solved(*(p[piece] for p in nearest_codes.parts))
         best, loss, _ = _solvers.better_rows(W[piece], H, solved, other)
         parts.append(best)
@@ -294,7 +297,7 @@ def _linear(
         assert factor is not None
         base = float(_solvers.row_losses(W, solved, H).sum(dtype=torch.float64))
         weighted = _outliers.fit_others(W, kept, grid, factor.cost(), statistics)
-        better, loss = _compensated(W, kept, weighted, grid, E, H, factor)
+        better, loss = _compensated(W, kept, weighted, grid, E, H, factor, name in block.sparse)
         if loss <= base:
             solved, fitted = better, weighted
         facts = _solvers.facts(factor, min(loss, base) / len(W), base / len(W))

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from compress.checkpoint import unpacked
 from compress.checkpoint.dtypes import itemsize
 from compress.checkpoint.reader import CheckpointReader
 from compress.errors import CompressError
@@ -29,7 +30,7 @@ from compress.models.families import heads
 from compress.models.hadamard import Rotation
 from compress.models.skeleton import Skeleton
 from compress.models.view import CheckpointView
-from compress.types import Rotate, Scaling
+from compress.types import Rotate, Scaling, Sparsity
 
 logger = logging.getLogger(__name__)
 _PIECE = 1 << 20  # elements of a large tensor at a time
@@ -62,12 +63,23 @@ def untie(config: Any) -> bool:
 
 
 def open_model(
-    folder: Path, config: Any, rotation: Rotate | None, trust_remote_code: bool = False
+    folder: Path, config: Any, rotation: Rotate | None, trust_remote_code: bool = False, keep_zeros: bool = False
 ) -> tuple[Skeleton, CheckpointView]:  # fmt: skip
-    """A checkpoint's skeleton and its view, rotated where asked; `config` loses its tied head then."""
+    """A checkpoint's skeleton and its view, rotated where asked; `config` loses its tied head then.
+
+    The linears of a pruned artifact are read as dense weights; `keep_zeros` holds every linear's zeros to be meant as those are.
+    """
+    known = unpacked.linears(folder)
     if rotation is None:
         skeleton = Skeleton(config, trust_remote_code)
-        return skeleton, CheckpointView(CheckpointReader(folder), skeleton)
+        reader = CheckpointReader(folder) if known is None else unpacked.UnpackedReader(folder, known, skeleton.conv1d_weights)
+        view = CheckpointView(reader, skeleton)
+        view.sparsity = unpacked.sparsity(known or {})
+        if keep_zeros:
+            view.sparsity = {n.removesuffix(".weight"): Sparsity() for n in view.names if n.endswith(".weight")} | view.sparsity
+        return skeleton, view
+    if keep_zeros or unpacked.sparsity(known or {}):
+        raise CompressError(f"{folder}: pruned, and a rotation would fill its zeros", hint="use --no-rotate", usage=True)
     untied = untie(config)
     skeleton = Skeleton(config, trust_remote_code)
     return skeleton, RotatedView(CheckpointReader(folder), skeleton, rotation.seed, untied)

@@ -11,6 +11,7 @@ from compress.checkpoint.dtypes import finite
 from compress.checkpoint.reader import CheckpointReader
 from compress.errors import CompressError
 from compress.models import auto
+from compress.types import Sparsity
 
 if TYPE_CHECKING:
     from compress.models.skeleton import Skeleton
@@ -24,6 +25,7 @@ class CheckpointView:
     """
 
     untied = False  # whether a tied head became a tensor of its own
+    sparsity: Mapping[str, Sparsity] = {}  # linears whose zeros must stay zeros, by full name
 
     def __init__(self, reader: CheckpointReader, skeleton: Skeleton, aliases: Mapping[str, str] | None = None) -> None:
         self.reader = reader

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,66 +13,90 @@ from compress.checkpoint.source import companions
 from compress.checkpoint.writer import disk_errors, fsync_folder, write_file, write_json
 from compress.formats._where import loads
 from compress.models.skeleton import Skeleton
-from compress.pipeline.layout import Layout
+from compress.pipeline.layout import AWQ, DENSE, Layout, Target
+
+COUNTED = frozenset({"nnz", "outliers", "second_level"})  # params of single linears, which a loader reads off their tensors
 
 
 def quantization_config(layout: Layout, skeleton: Skeleton) -> dict[str, Any] | None:
     """The `quantization_config` of config.json for a layout; None for dense weights."""
     untouched = [n for n in skeleton.all_linears() if n not in layout.targets]
     params = next(iter(layout.targets.values())).params
-    if layout.name == "dense":
+    if layout.name == DENSE:
         return None
-    if layout.name == "awq":
+    if layout.name == AWQ:
         return {
             "quant_method": "awq", "bits": params["bits"], "group_size": params["group_size"], "zero_point": True,
             "version": "gemm", "modules_to_not_convert": untouched,
         }  # fmt: skip
-    widths = by_width(layout)
-    groups = {
-        f"group_{i}": _group(layout, params, bits, ["Linear"] if len(widths) == 1 else names)
-        for i, (bits, names) in enumerate(sorted(widths.items()))
-    }
+    alike = _alike(layout)
+    groups = {f"group_{i}": _group(layout, same, ["Linear"] if len(alike) == 1 else None) for i, same in enumerate(alike)}
     out: dict[str, Any] = {
         "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
         "global_compression_ratio": None, "kv_cache_scheme": None, "ignore": untouched, "config_groups": groups,
     }  # fmt: skip
-    if not params["symmetric"]:  # compressed-tensors 0.20 cannot keep packed zero-points: it must dequantize at load
+    if not params.get("symmetric", True):  # compressed-tensors 0.20 cannot keep packed zero-points: it must dequantize at load
         out["dequantize"] = True
     return out
 
 
-def by_width(layout: Layout) -> dict[int, list[str]]:
-    """Names of the linears of each width."""
-    found: dict[int, list[str]] = {}
+def _shared(target: Target) -> dict[str, Any]:
+    """Format params that a group of linears has in common: those that its tensors do not tell."""
+    return {key: value for key, value in sorted(target.params.items()) if key not in COUNTED}
+
+
+def _alike(layout: Layout) -> list[list[Target]]:
+    """Linears of one kind and equal params, by width."""
+    found: dict[tuple[int, str], list[Target]] = {}
     for target in layout.targets.values():
-        found.setdefault(int(target.params["bits"]), []).append(target.name)
-    return found
+        key = target.params.get("bits", 16), json.dumps([target.kind, _shared(target)])
+        found.setdefault(key, []).append(target)
+    return [found[key] for key in sorted(found)]
 
 
-def _group(layout: Layout, params: Mapping[str, Any], bits: int, targets: list[str]) -> dict[str, Any]:
-    """One config group of compressed-tensors."""
-    size = params["group_size"]
-    weights = {
-        "num_bits": bits, "type": "int", "symmetric": params["symmetric"], "strategy": "channel" if size == -1 else "group",
-        "group_size": None if size == -1 else size, "dynamic": False, "actorder": None,
-    }  # fmt: skip
-    one: dict[str, Any] = {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
+def _group(layout: Layout, same: list[Target], targets: list[str] | None) -> dict[str, Any]:
+    """One config group of compressed-tensors; guarded ones carry our own params beside its words for them."""
+    params = same[0].params
+    weights = None
+    if "bits" in params:
+        size = params["group_size"]
+        weights = {
+            "num_bits": params["bits"], "type": "int", "symmetric": params["symmetric"],
+            "strategy": "channel" if size == -1 else "group", "group_size": None if size == -1 else size, "dynamic": False,
+            "actorder": None,
+        }  # fmt: skip
+    one: dict[str, Any] = {"targets": targets or [t.name for t in same], "weights": weights}
+    one |= {"input_activations": None, "output_activations": None}
     if layout.guarded:
-        one["format"] = f"compress-{layout.kind}"
+        one |= {"format": f"compress-{same[0].kind}", "compress": _shared(same[0])}
     return one
 
 
+def words(layout: Layout) -> str:
+    """What was done to the linears, for people."""
+    params = [t.params for t in layout.targets.values()]
+    patterns = sorted({f"{p['n']}:{p['m']}" for p in params if "n" in p})
+    out = [f"{'/'.join(patterns)} sparse"] if patterns else []
+    if "nnz" in params[0]:
+        total = sum(t.shape[0] * t.shape[1] for t in layout.targets.values())
+        out.append(f"{1 - sum(p['nnz'] for p in params) / total:.1%} zeros")
+    if "bits" in params[0]:
+        size = params[0]["group_size"]
+        out += [
+            "/".join(str(b) for b in sorted({p["bits"] for p in params})) + " bits",
+            "symmetric" if params[0]["symmetric"] else "asymmetric", "one group per row" if size == -1 else f"groups of {size}",
+        ]  # fmt: skip
+    return ", ".join(out)
+
+
 def _card(name: str, method: str, layout: Layout, config: dict[str, Any]) -> str:
-    params = next(iter(layout.targets.values())).params
-    kind = "symmetric" if params["symmetric"] else "asymmetric"
-    group = "one group per row" if params["group_size"] == -1 else f"groups of {params['group_size']}"
-    bits = "/".join(str(b) for b in sorted(by_width(layout)))
     rows = "\n".join(f"| {who} | {answer} |" for who, answer in loads(config))
+    kinds = ", ".join(f"`{k}`" for k in sorted({t.kind for t in layout.targets.values()}))
+    what = words(layout)
     return (
-        f"---\nlibrary_name: transformers\ntags: [compress, {method}]\n---\n# {name}, {method.upper()} {bits}-bit\n\n"
-        f"Compressed with llm-compress: {method}, {bits} bits, {kind}, "
-        f"{group}, "
-        f"format `{layout.name}`, kind `{layout.kind}`. `manifest.json` records every linear's error, the settings and the hashes; "
+        f"---\nlibrary_name: transformers\ntags: [compress, {method}]\n---\n# {name}, {method.upper()}, {what}\n\n"
+        f"Compressed with llm-compress: {method}, {what}, "
+        f"format `{layout.name}`, kind {kinds}. `manifest.json` records every linear's error, the settings and the hashes; "
         f"`compress verify` checks them.\n\n| loader | loads |\n| --- | --- |\n{rows}\n"
     )
 
@@ -88,6 +111,7 @@ def write_companions(
         if isinstance(config.get("text_config"), dict):  # transformers ties where either says so
             config["text_config"]["tie_word_embeddings"] = False
     quant = quantization_config(layout, skeleton)
+    config.pop("quantization_config", None)  # of a pruned source
     if quant is not None:
         config["quantization_config"] = quant
     if layout.cast == "F16":

@@ -48,13 +48,14 @@ class Blocks:
         prefix = self.skeleton.prefix(index)
         return {n: self.turn(prefix + n, t).to(self.device, self.dtype) for n, t in tensors.items()}
 
-    def split(self, index: int, loaded: Tensors, layout: Layout, gradient: Mapping[str, torch.Tensor] | None = None) -> Block:
+    def split(self, index: int, loaded: Tensors, layout: Layout) -> Block:
         """A loaded block as methods see it; `loaded` loses the linears to compress."""
         skeleton, prefix = self.skeleton, self.skeleton.prefix(index)
         chosen = [n for n in skeleton.linears(index) if prefix + n in layout.targets]
         return Block(
             index, {n: loaded.pop(f"{n}.weight") for n in chosen}, loaded, skeleton.groups(index), skeleton.scalings(),
-            skeleton.no_clip(index), {n: layout.targets[prefix + n].params for n in chosen}, gradient or {},
+            skeleton.no_clip(index), {n: layout.targets[prefix + n].params for n in chosen},
+            sparse=frozenset(n for n in chosen if prefix + n in self.view.sparsity),
         )  # fmt: skip
 
     @staticmethod

@@ -19,7 +19,6 @@ from compress.errors import CompressError
 from compress.methods._quantizer import Grid
 from compress.methods._widths import WIDTHS, WidthErrors, choose
 from compress.pipeline.layout import Choices, Layout, Target, matcher
-from compress.pipeline.reverse import Reverse
 from compress.types import Block, Reducer
 
 logger = logging.getLogger(__name__)
@@ -117,7 +116,7 @@ def _weights(layout: Layout) -> int:
 
 def _sizes(layout: Layout, target: Target, fixed: Mapping[str, Mapping[str, int]]) -> list[int]:
     """Stored bits of a linear at every width that is open to it."""
-    module = registry.by_kind(layout.packs)
+    module = registry.by_kind(layout.packs if target.kind == "dense" else target.kind)
     out = []
     for bits in (fixed[target.name]["bits"],) if target.name in fixed else WIDTHS:
         spec = module.spec({**target.params, "bits": bits}, target.shape, target.dtype)
@@ -139,26 +138,28 @@ def reducers(method: ModuleType, config: Any, layout: Layout, widths: Widths) ->
     return out
 
 
-def decide(walk: Reverse, method: ModuleType, config: Any, widths: Widths) -> Choices:
-    """Format params of linears that follow from the reverse walk's results, by full name."""
-    names = [walk.blocks.skeleton.prefix(i) for i in range(len(walk.blocks))]
+def decide(
+    layout: Layout, prefixes: Sequence[str], method: ModuleType, config: Any, widths: Widths,
+    kept: Callable[[int], Mapping[str, torch.Tensor]],
+) -> Choices:  # fmt: skip
+    """Format params of linears that follow from what earlier walks kept of each block, by full name."""
     out: dict[str, dict[str, Any]] = {}
     if hasattr(method, "settle"):
 
         def results() -> Iterator[Mapping[str, torch.Tensor]]:
-            return (walk.result(i) for i in range(len(walk.blocks)))
+            return (kept(i) for i in range(len(prefixes)))
 
-        for prefix, block in zip(names, method.settle(results, config), strict=False):
+        for prefix, block in zip(prefixes, method.settle(results, config), strict=False):
             out |= {prefix + name: dict(params) for name, params in block.items()}
     errors: dict[str, list[float]] = {}
     if widths.target is not None:
-        for i, prefix in enumerate(names):
-            found = {k.removeprefix("widths:"): t.tolist() for k, t in walk.result(i).items() if k.startswith("widths:")}
+        for i, prefix in enumerate(prefixes):
+            found = {k.removeprefix("widths:"): t.tolist() for k, t in kept(i).items() if k.startswith("widths:")}
             errors |= {prefix + name: row for name, row in found.items()}
         silent = [name for name, row in errors.items() if not max(row)]
         if silent:
             logger.warning("%d linears have no gradient here, so their widths follow their sizes: %s …", len(silent), silent[0])
-    for name, params in widths.choose(walk.layout, errors).items():
+    for name, params in widths.choose(layout, errors).items():
         out[name] = {**out.get(name, {}), **params}
     if widths.target is not None:
         counts = Counter(p["bits"] for p in out.values() if "bits" in p)

@@ -14,14 +14,15 @@ from compress import registry
 from compress.checkpoint import dtypes
 from compress.checkpoint.writer import Planned
 from compress.errors import CompressError, nearest
-from compress.formats import int_grouped
+from compress.formats import int_grouped, sparse24_int
 from compress.models.skeleton import Skeleton
 from compress.models.view import CheckpointView
-from compress.types import Packed
+from compress.types import Packed, Sparsity
 
 logger = logging.getLogger(__name__)
 Choices = Mapping[str, Mapping[str, Any]]  # full name of a linear -> format params that replace the config's
-LAYOUTS = {"pack-quantized": "int_grouped", "awq": "awq", "dense": "dense"}
+QUANTIZED, SPARSE, AWQ, DENSE = "pack-quantized", "sparse", "awq", "dense"
+LAYOUTS = {"quantize": (QUANTIZED, AWQ, DENSE), "prune": (SPARSE, DENSE)}  # the first is the verb's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,8 @@ class Target:
     shape: tuple[int, int]  # (O, I)
     transposed: bool  # the model stores (I, O)
     dtype: str  # safetensors dtype of the source weight
-    params: Mapping[str, Any]  # of the format that the method packs it in
+    params: Mapping[str, Any]  # of the format, the artifact's and the method's
+    kind: str  # of the linear in the artifact
 
 
 @dataclass(frozen=True)
@@ -48,36 +50,40 @@ class Layout:
     left: tuple[str, ...] = ()  # linears that stay dense because a stock loader could not read them
 
     @property
-    def kind(self) -> str:
-        """Kind of the linears in the artifact, as the manifest names it."""
-        return self.packs if self.name == "pack-quantized" else LAYOUTS[self.name]
-
-    @property
     def scale_dtype(self) -> torch.dtype:
-        """The dtype that scales are stored in; all targets have one."""
+        """The dtype that scales, or the values that stay, are stored in; all targets have one."""
         dtype = next(iter(self.targets.values())).dtype
         module = registry.by_kind(self.packs)
         own: str = module.value_dtype(dtype) if hasattr(module, "value_dtype") else dtype
-        return torch.float16 if self.name == "awq" else dtypes.TORCH[own]
+        return torch.float16 if self.name == AWQ else dtypes.TORCH[own]
 
     def tensors(self, target: Target, packed: Packed) -> dict[str, torch.Tensor]:
         """Full names and tensors of one packed linear, as this layout writes them."""
-        if self.name == "dense":
+        if target.kind == "dense":
             W = dense(packed).to(dtypes.TORCH[target.dtype])
             return {f"{target.name}.weight": W.T.contiguous() if target.transposed else W}
-        if self.name != "pack-quantized":
-            q, scale, zero = int_grouped.unpack(packed)
-            module = registry.load("formats", LAYOUTS[self.name])
-            packed = module.pack(q, scale, zero, bits=packed.params["bits"], group_size=packed.params["group_size"])
+        if target.kind != self.packs:
+            packed = registry.by_kind(target.kind).from_int_grouped(packed, target.params)
         return {f"{target.name}.{suffix}": t for suffix, t in packed.tensors.items()}
 
     def packed(self, target: Target, read: Callable[[str], torch.Tensor]) -> Packed:
         """The reverse of `tensors` but for dense: a linear read back from its tensors."""
-        module = registry.by_kind(self.kind)
+        module = registry.by_kind(target.kind)
         suffixes = module.spec(target.params, target.shape, target.dtype)
         tensors = {s: read(f"{target.name}.{s}") for s in suffixes}
         found = Packed(module.KIND, module.VERSION, target.params, tensors, target.shape)
-        return module.to_int_grouped(found) if self.name == "awq" else found
+        back: Packed = found if target.kind == self.packs else module.to_int_grouped(found)
+        return back
+
+
+def pick(verb: str, name: str | None) -> str:
+    """The layout of a verb by its name; its own where none is given."""
+    known = LAYOUTS[verb]
+    if name is None:
+        return known[0]
+    if name not in known:
+        raise CompressError(f"--format {name!r} is unknown to {verb}", hint=nearest(name, list(known)), usage=True)
+    return name
 
 
 def dense(packed: Packed) -> torch.Tensor:
@@ -108,36 +114,43 @@ def make(
 
     `choices` replaces format params of some linears, by full name; `mixed` says that they may change widths.
     """
-    if layout not in LAYOUTS:
-        raise CompressError(f"--format {layout!r} is unknown", hint=nearest(layout, list(LAYOUTS)), usage=True)
     packs = getattr(config, "kind", int_grouped.KIND)
-    own = layout == "pack-quantized" and packs != int_grouped.KIND
-    if layout == "awq" and packs != int_grouped.KIND:
-        raise CompressError(f"--format awq cannot hold {packs}", hint="use --format pack-quantized or dense", usage=True)
-    targets = _targets(skeleton, view, config, ignore, choices or {})
-    left = [t.name for t in targets.values() if layout == "pack-quantized" and not own and _unreadable(t, mixed)]
+    if layout == AWQ and packs != int_grouped.KIND:
+        raise CompressError(f"--format awq cannot hold {packs}", hint=f"use --format {QUANTIZED} or dense", usage=True)
+    targets = _targets(skeleton, view, config, ignore, choices or {}, layout, packs)
+    left = [t.name for t in targets.values() if layout == QUANTIZED and t.kind == int_grouped.KIND and _unreadable(t, mixed)]
     for name in left:
         del targets[name]
     if not targets:
         raise CompressError("every linear is ignored: nothing to compress", hint="drop an --ignore", usage=True)
     conv1d = any(t.transposed for t in targets.values())
-    if layout == "awq" and conv1d:
+    if layout == AWQ and conv1d:
         raise CompressError("--format awq cannot hold transposed Conv1D layers (GPT-2)", hint="use the default format", usage=True)
-    cast = "F16" if layout == "awq" else None
-    module = registry.by_kind(packs if own else LAYOUTS[layout])
+    cast = "F16" if layout == AWQ else None
     plan: list[Planned] = []
     for name in view.names:
         target = targets.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         dtype = view.dtype(name)
         if target is None:
             plan.append(Planned(name, cast if cast and dtype in dtypes.FLOATS else dtype, view.shape(name)))
-        elif layout == "dense":
+        elif layout == DENSE:
             plan.append(Planned(name, dtype, view.shape(name)))
         else:
-            spec = module.spec(target.params, target.shape, dtype)
+            spec = registry.by_kind(target.kind).spec(target.params, target.shape, dtype)
             plan += [Planned(f"{target.name}.{suffix}", d, shape) for suffix, (d, shape) in spec.items()]
-    guarded = own or (layout == "pack-quantized" and (conv1d or _mixed(targets)))
+    own = any(t.kind not in (int_grouped.KIND, "awq", "dense") for t in targets.values())
+    guarded = own or (layout == QUANTIZED and (conv1d or _mixed(targets)))
     return Layout(layout, packs, targets, tuple(plan), guarded, cast, tuple(left))
+
+
+def _kind(layout: str, packs: str, source: Sparsity | None) -> tuple[str, dict[str, Any]]:
+    """Kind of a linear in the artifact, and format params that the source's own sparsity adds."""
+    if layout in (AWQ, DENSE):
+        return layout, {}
+    if packs == int_grouped.KIND and source is not None and source.pattern is not None:
+        n, m = source.pattern
+        return sparse24_int.KIND, {"n": n, "m": m}
+    return packs, {}
 
 
 def _mixed(targets: Mapping[str, Target]) -> bool:
@@ -160,7 +173,7 @@ def _unreadable(target: Target, mixed: bool) -> bool:
 
 
 def _targets(
-    skeleton: Skeleton, view: CheckpointView, config: Any, ignore: tuple[str, ...], choices: Choices
+    skeleton: Skeleton, view: CheckpointView, config: Any, ignore: tuple[str, ...], choices: Choices, layout: str, packs: str
 ) -> dict[str, Target]:  # fmt: skip
     ignored = matcher(ignore)
     hits: set[str] = set()
@@ -181,7 +194,8 @@ def _targets(
                 )
             config.check(name, shape)
             params = {**config.params(shape), **choices.get(name, {})}
-            targets[name] = Target(name, shape, f"{name}.weight" in conv1d, dtype, params)
+            kind, extra = _kind(layout, packs, view.sparsity.get(name))
+            targets[name] = Target(name, shape, f"{name}.weight" in conv1d, dtype, {**params, **extra}, kind)
     unused = [p for p in ignore if p not in hits]
     if unused:
         raise CompressError(

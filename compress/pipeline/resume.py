@@ -1,8 +1,8 @@
 """The work folder: one job's lock, fingerprint and resume point.
 
 `OUT.partial/job.json` says whose work this is, `progress.json` how many steps are durable and what is known of them;
-`report.jsonl` timings, `reverse/` what gradients decided, `artifact/` the shards. A run that finds another job's folder refuses
-to touch it.
+`report.jsonl` timings, `survey/` and `reverse/` what earlier walks kept, `artifact/` the shards. A run that finds another job's
+folder refuses to touch it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,16 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+
 from compress.checkpoint.reader import read_json
-from compress.checkpoint.writer import disk_errors, fsync_folder, write_json
+from compress.checkpoint.writer import disk_errors, fsync_folder, write_file, write_json
 from compress.errors import CompressError
 
 logger = logging.getLogger(__name__)
@@ -62,7 +67,7 @@ class WorkDir:
     def _clear(self) -> None:
         for name in ("job.json", "progress.json", "report.jsonl"):  # job.json first: without it nothing is resumed
             (self.path / name).unlink(missing_ok=True)
-        for folder in (self.artifact, self.path / "reverse"):
+        for folder in (self.artifact, self.path / "reverse", self.path / "survey"):
             shutil.rmtree(folder, ignore_errors=True)
             if folder.exists():
                 raise CompressError(f"{folder}: cannot be removed", hint="remove it, or choose another -o")
@@ -94,7 +99,7 @@ class WorkDir:
             os.replace(self.artifact, out)
             fsync_folder(out.absolute().parent)
         if keep:
-            for name in ("replaced", "reverse"):
+            for name in ("replaced", "reverse", "survey"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
             (self.path / "job.json").unlink(missing_ok=True)
             (self.path / "progress.json").unlink(missing_ok=True)
@@ -145,3 +150,27 @@ def job_of(path: Path) -> str | None:
 def may_replace(path: Path, job: str) -> bool:
     """Whether the work folder holds this job, begun with --restart: it goes on to replace what lies at OUT."""
     return job_of(path) == job and bool(read_json(path / "job.json").get("replace"))
+
+
+def read_kept(path: Path) -> dict[str, torch.Tensor]:
+    """What a walk kept of one block."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def is_kept(path: Path, index: int, job: str) -> bool:
+    """Whether a block's result is there, whole and of this job."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return bool(file.metadata() == _label(index, job))
+    except (OSError, SafetensorError):
+        return False
+
+
+def write_kept(path: Path, tensors: Mapping[str, torch.Tensor], index: int, job: str) -> None:
+    """Write a block's result atomically: it is a resume point."""
+    write_file(path, to_bytes({name: t.cpu().contiguous() for name, t in tensors.items()}, _label(index, job)))
+
+
+def _label(index: int, job: str) -> dict[str, str]:
+    return {"of": f"block {index} of job {job}"}  # one entry: safetensors orders several as it likes

@@ -15,21 +15,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import nn
 
 from compress.checkpoint import dtypes
-from compress.checkpoint.writer import disk_errors, write_file
+from compress.checkpoint.writer import disk_errors
 from compress.errors import CompressError
 from compress.models.head import Head
 from compress.pipeline import memory
 from compress.pipeline.blocks import Blocks, Tensors
 from compress.pipeline.layout import Layout
+from compress.pipeline.resume import is_kept, read_kept, write_kept
 from compress.pipeline.states import Store
 from compress.types import Block, Progress, Reducer
 
@@ -50,25 +49,18 @@ class Reverse:
     states: Path | None  # folder for the kept inputs; None: in RAM
     job: str = ""  # fingerprint: another job's results are not read
     progress: Callable[[Progress], None] | None = None
+    surveyed: Callable[[int], Tensors] | None = None  # what the method's survey kept of a block
 
     def path(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
 
     def result(self, index: int) -> Tensors:
         """What the reducers kept of a block."""
-        with safe_open(self.path(index), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return read_kept(self.path(index))
 
     def _done(self, index: int) -> bool:
         """Whether a block's result is there, whole and of this job."""
-        try:
-            with safe_open(self.path(index), framework="pt") as file:
-                return bool(file.metadata() == self._label(index))
-        except (OSError, SafetensorError):
-            return False
-
-    def _label(self, index: int) -> dict[str, str]:
-        return {"of": f"block {index} of job {self.job}"}  # one entry: safetensors orders several as it likes
+        return is_kept(self.path(index), index, self.job)
 
     @torch.no_grad()
     def run(self) -> None:
@@ -130,6 +122,8 @@ class Reverse:
         """dL/dinput of a block for every sample; with `collect`, its reducers' results are written."""
         blocks = self.blocks
         block = blocks.split(index, blocks.load(index), self.layout)
+        if self.surveyed is not None:
+            block = replace(block, survey=self.surveyed(index))
         params = blocks.compute(index, blocks.tensors(block))
         reducers = [make(block) for make in self.reducers] if collect else []
         out = Store(self.states)
@@ -146,7 +140,7 @@ class Reverse:
             kept: Tensors = {}
             for reducer in reducers:
                 kept |= {name: t.cpu().contiguous() for name, t in reducer.result().items()}
-            write_file(self.path(index), to_bytes(kept, self._label(index)))
+            write_kept(self.path(index), kept, index, self.job)
         return out
 
     def _backward(

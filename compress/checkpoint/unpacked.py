@@ -1,0 +1,102 @@
+"""A pruned artifact read as the dense checkpoint that it stands for, so that it can be quantized, evaluated against, exported."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress import registry
+from compress.checkpoint import dtypes, manifest
+from compress.checkpoint.reader import CheckpointReader, Entry
+from compress.errors import CompressError
+from compress.types import Packed, Sparsity
+
+
+def linears(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """The manifest's linears where a folder is an artifact whose weights are all still 16 or 32 bits wide; else None."""
+    if not (folder / manifest.FILE).is_file():
+        return None
+    known: dict[str, dict[str, Any]] = manifest.read(folder)["linears"]
+    return None if any("bits" in entry["params"] and entry["kind"] != "dense" for entry in known.values()) else known
+
+
+def history(folder: Path) -> dict[str, Any]:
+    """What the manifest of an artifact made from a pruned one repeats: the model's name and size, and how it was pruned."""
+    if not sparsity(linears(folder) or {}):
+        return {}
+    known = manifest.read(folder)
+    origin = known["source"]
+    pruned = {key: known[key] for key in ("job", "method", "config")}
+    return {"name": origin["name"], "weight_bytes": origin.get("weight_bytes"), "pruned": pruned}
+
+
+def sparsity(known: Mapping[str, Mapping[str, Any]]) -> dict[str, Sparsity]:
+    """What the manifest says about the zeros of each linear."""
+    found = {}
+    for name, entry in known.items():
+        if "mask_sha256" in entry:
+            params = entry["params"]
+            found[name] = Sparsity((params["n"], params["m"]) if "n" in params else None, entry["mask_sha256"])
+    return found
+
+
+class UnpackedReader(CheckpointReader):
+    """A checkpoint in which `<linear>.weight` stands where the artifact holds a format's tensors.
+
+    `transposed` names the weights that the model keeps as (I, O).
+    """
+
+    def __init__(self, folder: str | Path, known: Mapping[str, Mapping[str, Any]], transposed: Collection[str] = ()) -> None:
+        super().__init__(folder)
+        self._stored = dict(self.entries)
+        self._transposed = transposed
+        self._known = known
+        for linear, entry in known.items():
+            if entry["kind"] != "dense":
+                self._stand_in(linear, entry)
+
+    def _stand_in(self, linear: str, entry: Mapping[str, Any]) -> None:
+        shape = (int(entry["shape"][0]), int(entry["shape"][1]))
+        suffixes = registry.by_kind(entry["kind"]).spec(entry["params"], shape, "F16")
+        parts = [self.entry(f"{linear}.{suffix}") for suffix in suffixes]
+        dtype = next(e.dtype for e in parts if e.dtype in dtypes.FLOATS)
+        for suffix in suffixes:
+            del self.entries[f"{linear}.{suffix}"]
+        name = f"{linear}.weight"
+        stored = shape[::-1] if name in self._transposed else shape
+        self.entries[name] = Entry(parts[0].file, dtype, stored, -1, math.prod(shape) * dtypes.itemsize(dtype))
+
+    def read(self, name: str) -> torch.Tensor:
+        entry = self.entry(name)
+        if entry.offset >= 0:
+            return super().read(name)
+        linear = name.removesuffix(".weight")
+        facts = self._known[linear]
+        module = registry.by_kind(facts["kind"])
+        shape = (int(facts["shape"][0]), int(facts["shape"][1]))
+        tensors = {suffix: self._part(f"{linear}.{suffix}") for suffix in module.spec(facts["params"], shape, entry.dtype)}
+        packed = Packed(module.KIND, module.VERSION, facts["params"], tensors, shape)
+        problems = module.problems(packed) if hasattr(module, "problems") else []
+        if problems:
+            raise CompressError(f"{linear}: {problems[0]}", hint="the artifact is damaged: copy it again")
+        W: torch.Tensor = module.dequantize(packed).to(dtypes.TORCH[entry.dtype])
+        return W.T.contiguous() if name in self._transposed else W
+
+    def _part(self, name: str) -> torch.Tensor:
+        entry = self._stored[name]
+        out = torch.empty(entry.shape, dtype=dtypes.TORCH[entry.dtype])
+        self._fill(entry, out, 0, name)
+        return out
+
+    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        return super().read_rows(name, rows) if self.entry(name).offset >= 0 else self.read(name)[rows]
+
+    def chunks(self, name: str, *limit: int) -> Iterator[torch.Tensor]:
+        if self.entry(name).offset >= 0:
+            yield from super().chunks(name, *limit)
+        else:
+            yield self.read(name).flatten()

@@ -1,0 +1,187 @@
+"""Arguments become a job: every option checked against the checkpoint's headers, nothing computed yet."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from compress import calibration, devices, registry
+from compress.checkpoint import source, unpacked
+from compress.checkpoint.writer import MAX_SHARD
+from compress.errors import CompressError, nearest
+from compress.models import rotate
+from compress.models.head import Head
+from compress.models.skeleton import Skeleton, load_config
+from compress.models.view import CheckpointView
+from compress.pipeline import layout
+from compress.pipeline.choices import WIDTH_SAMPLES, Choices, Widths, reducers
+from compress.types import Progress
+
+logger = logging.getLogger(__name__)
+_BATCH_TOKENS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Options that every verb shares, as the user gave them; `options` are the method's own."""
+
+    dataset: str | Path | None = None
+    domain_dataset: str | Path | None = None
+    nsamples: int = 128
+    seqlen: int | None = None
+    seed: int | None = None
+    batch_size: int | None = None
+    device: str = "auto"
+    format: str | None = None
+    ignore: tuple[str, ...] = ()
+    layer_config: tuple[str, ...] = ()
+    target_bpw: float | None = None
+    keep_zeros: bool = False
+    of_model: bool = False
+    states: str = "auto"
+    work_dir: str | Path | None = None
+    resume: bool = True
+    max_shard_size: int = MAX_SHARD
+    trust_remote_code: bool = False
+    progress: Callable[[Progress], None] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prepared run: everything read from headers, nothing computed yet."""
+
+    folder: Path
+    name: str
+    method_name: str
+    method: ModuleType
+    config: Any
+    skeleton: Skeleton
+    view: CheckpointView
+    layout: layout.Layout
+    device: str
+    dtype: torch.dtype
+    batch_size: int
+    nsamples: int
+    seqlen: int | None
+    max_shard: int
+    format: str
+    ignore: tuple[str, ...]
+    widths: Widths
+    verb: str = "quantize"
+    history: Mapping[str, Any] = field(default_factory=dict)  # of a pruned source, for the manifest
+
+    def planned(self, choices: Choices) -> Job:
+        """The same job with format params that its linears were given."""
+        mixed = self.widths.asked
+        plan = layout.make(self.skeleton, self.view, self.config, self.format, self.ignore, choices, mixed)
+        return dataclasses.replace(self, layout=plan)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the job reads calibration text."""
+        if self.survey_observes or self.observes or self.widths.target is not None:
+            return True
+        return bool(self.method.CALIBRATED) and not getattr(self.method, "DOMAIN", False)
+
+    @property
+    def observes(self) -> bool:
+        """Whether text runs through the blocks while they are compressed."""
+        own = getattr(self.method, "observes", None)
+        return bool(self.method.CALIBRATED if own is None else own(self.config))
+
+    @property
+    def survey_observes(self) -> bool:
+        """Whether text runs through the blocks in that walk."""
+        return self.surveys and hasattr(self.method, "survey_collects")
+
+    @property
+    def surveys(self) -> bool:
+        """Whether the method walks over the blocks once before it compresses them."""
+        return bool(self.method.surveys(self.config)) if hasattr(self.method, "surveys") else False
+
+    @property
+    def samples(self) -> int:
+        """Calibration windows that gradients are taken from, the first ones."""
+        return min(self.nsamples, int(getattr(self.config, "samples", WIDTH_SAMPLES)))
+
+    @property
+    def expand(self) -> int:
+        """Shifted copies of the calibration windows."""
+        return int(getattr(self.config, "expand", 1))
+
+
+def make_config(method: ModuleType, options: Mapping[str, Any]) -> Any:
+    """The method's Config from keyword options; an unknown one is answered with the nearest."""
+    known = [f.name for f in dataclasses.fields(method.Config)]
+    for key in options:
+        if key not in known:
+            raise CompressError(f"unknown option {key!r}", hint=nearest(key, known), usage=True)
+    return method.Config(**options)
+
+
+def _scale_to_model(config: Any, plan: layout.Layout, view: CheckpointView) -> Any:
+    """The config with its share of zeros, given of the whole model, made that of the linears."""
+    linears = sum(t.shape[0] * t.shape[1] for t in plan.targets.values())
+    total = sum(torch.Size(view.shape(n)).numel() for n in view.names)
+    asked = config.sparsity
+    if config.pattern:
+        raise CompressError("--of-model goes with --sparsity, a pattern has its own", hint="drop one of them", usage=True)
+    share = asked * total / linears
+    if share > 1:
+        raise CompressError(
+            f"--sparsity {asked} of the model is {share:.2f} of its linears, which hold {linears / total:.1%} of its weights",
+            hint=f"at most --sparsity {linears / total:.2f} with --of-model", usage=True,
+        )  # fmt: skip
+    logger.info("%.4g of the whole model: %.4f of the linears", asked, share)
+    return dataclasses.replace(config, sparsity=share)
+
+
+def prepare(model: str | Path, method: str, verb: str, ask: Asked) -> Job:
+    """Check every option against the checkpoint's headers."""
+    module = registry.load("methods", method)
+    made_by = registry.verb(method)
+    if made_by != verb:
+        why = f"{method} is a method of compress {made_by}, not of {verb}"
+        raise CompressError(why, hint=f"compress {made_by} MODEL -m {method}", usage=True)
+    config = make_config(module, ask.options)
+    form = layout.pick(verb, ask.format)
+    folder = source.resolve(model)
+    pruned = unpacked.linears(folder) is not None
+    hf_config = load_config(folder, ask.trust_remote_code, compressed=pruned)
+    rotation = module.transform(config) if hasattr(module, "transform") else None
+    skeleton, view = rotate.open_model(folder, hf_config, rotation, ask.trust_remote_code, ask.keep_zeros)
+    widths = Widths(ask.layer_config, ask.target_bpw)
+    plan = layout.make(skeleton, view, config, form, ask.ignore, None, widths.asked)
+    if ask.of_model:
+        config = _scale_to_model(config, plan, view)
+        plan = layout.make(skeleton, view, config, form, ask.ignore, None, widths.asked)
+    device = devices.pick(ask.device)
+    half = device != "cpu" and all(t.dtype == "BF16" for t in plan.targets.values())
+    calibrated = module.CALIBRATED or ask.target_bpw is not None or bool(getattr(config, "recover", 0))
+    length = calibration.pick_seqlen(ask.seqlen, hf_config) if calibrated else ask.seqlen
+    if ask.batch_size is not None and ask.batch_size < 1:
+        raise CompressError(f"--batch-size {ask.batch_size} is not a number of windows", hint="use 1 or more", usage=True)
+    batch = ask.batch_size or max(1, _BATCH_TOKENS // (length or _BATCH_TOKENS))
+    name = folder.resolve().name if Path(model).is_dir() else str(model).rsplit("/", 1)[-1]
+    history = unpacked.history(folder)
+    job = Job(
+        folder, history.pop("name", name), method.replace("-", "_").lower(), module, config, skeleton, view, plan, device,
+        torch.bfloat16 if half else torch.float32, batch, ask.nsamples, length, ask.max_shard_size, form, ask.ignore, widths, verb,
+        history,
+    )  # fmt: skip
+    widths.check(plan)
+    for linear in plan.left:
+        logger.warning("%s stays dense: compressed-tensors 0.20 cannot read 4-bit zero-points of so few outputs", linear)
+    if reducers(module, config, plan, widths):
+        Head(skeleton, view, job.dtype)  # refuses what gradients do not know, before anything is read
+        if not job.observes and not job.surveys:  # no other window would be looked at
+            job = dataclasses.replace(job, nsamples=job.samples)
+    return job.planned(widths.guess(plan))

@@ -1,0 +1,79 @@
+"""SparseGPT's column solver: prune columns one by one, push each error onto the columns after it.
+
+    minimise over masks and values   tr((W - W_hat) H (W - W_hat)ᵀ)
+
+Source: SparseGPT (arXiv 2301.00774, algorithm 1; IST-DASLab/sparsegpt `sparsegpt.py: fasterprune`), with the factor of `_solvers`.
+A weight's saliency is w²/U_cc², the loss of removing it once the columns before it are settled. Unstructured: the lowest
+saliencies of each block of 128 columns; N:M: the lowest of each group when the walk reaches it, on weights as updated so far.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from compress.methods._masks import keep_highest, keep_n_of_m, zeros
+from compress.methods._solvers import Factor
+
+BLOCK = 128  # columns whose mask is chosen together (the paper's B_s), and whose updates wait for each other
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """W_hat (O, I) fp32, its mask, the loss ½ tr(D H Dᵀ) with the damped H, and the saliency of every weight."""
+
+    W: torch.Tensor
+    mask: torch.Tensor
+    loss: float
+    saliency: torch.Tensor | None = None  # (O, I) fp32
+
+
+def sparsify(
+    W: torch.Tensor, factor: Factor, *, share: float = 0.5, nm: tuple[int, int] | None = None, scope: str = "matrix",
+    nnz: int | None = None, mask: torch.Tensor | None = None, keep_saliency: bool = False,
+) -> Pruned:  # fmt: skip
+    """Prune W (O, I) fp32 to `share` zeros, to `nnz` weights, to an N:M pattern, or to a given `mask`; `factor` unordered."""
+    O, I = W.shape
+    assert factor.order is None, "columns are pruned in order"
+    V = W.masked_fill(factor.dead, 0.0).T.contiguous()
+    kept = torch.ones(I, O, dtype=torch.bool, device=W.device) if mask is None else mask.T.contiguous()
+    saliency = torch.empty_like(V) if keep_saliency else None
+    U = factor.U
+    diagonal = U.diagonal()
+    step = BLOCK if nm is None else nm[1] * max(1, BLOCK // nm[1])
+    loss = 0.0
+    for start in range(0, I, step):
+        end = min(start + step, I)
+        block = V[start:end]
+        if saliency is not None:
+            saliency[start:end] = block.square() / diagonal[start:end].square().unsqueeze(1)
+        if mask is None and nm is None:
+            kept[start:end] = _chosen(block, diagonal[start:end], start, end, W.shape, share, scope, nnz)
+        E = torch.empty_like(block)
+        for c in range(start, end):
+            if mask is None and nm is not None and c % nm[1] == 0:
+                group = slice(c, c + nm[1])
+                e = V[group].square() / diagonal[group].square().unsqueeze(1)
+                kept[group] = keep_n_of_m(e.T.contiguous(), *nm).T
+            e = E[c - start]
+            torch.mul(V[c], ~kept[c], out=e).div_(diagonal[c])
+            V[c].mul_(kept[c])
+            V[c + 1 : end].addr_(U[c, c + 1 : end], e, alpha=-1)
+        loss += 0.5 * float(E.square().sum(dtype=torch.float64))
+        V[end:].addmm_(U[start:end, end:].T, E, alpha=-1)
+    return Pruned(V.T.contiguous(), kept.T.contiguous(), loss, None if saliency is None else saliency.T.contiguous())
+
+
+def _chosen(
+    block: torch.Tensor, diagonal: torch.Tensor, start: int, end: int, shape: tuple[int, ...], share: float, scope: str,
+    nnz: int | None,
+) -> torch.Tensor:  # fmt: skip
+    """Mask (C, O) of the columns start..end; counts are differences of the running rule, so that the matrix's is exact."""
+    O, I = shape
+    e = (block.square() / diagonal.square().unsqueeze(1)).T.contiguous()
+    if scope == "row":
+        return keep_highest(e, zeros(share, end) - zeros(share, start)).T
+    rate = share if nnz is None else (O * I - nnz) / (O * I)
+    gone = zeros(rate, O * end) - zeros(rate, O * start)
+    return keep_highest(e.view(1, -1), gone).view(e.shape).T

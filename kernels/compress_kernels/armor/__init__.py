@@ -1,0 +1,53 @@
+"""y = A S B x + bias for ARMOR's weights, a sparse core S between block diagonals: `prepare` once after loading, then `linear`.
+
+The core runs by a path of its own kind, `sparse24` or `sparse24_int`; the blocks are batched products beside it. `reference`
+defines the three products and their roundings. There is no file of tiles here: the tiles are the core's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from compress_kernels import _sparse
+from compress_kernels.armor import reference
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One weight, ready to run."""
+
+    path: str  # the core's: "dense" or "tiled"
+    kind: str  # of the core
+    core: _sparse.Prepared
+    pre: torch.Tensor  # (I/b, b, b): in the activations' dtype where the path is "dense", else as stored
+    post: torch.Tensor  # (O/b, b, b)
+
+
+def prepare(
+    tensors: Mapping[str, torch.Tensor],
+    params: Mapping[str, Any],
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    exact: bool = False,
+) -> Prepared:
+    """Choose a path for a weight of `shape` (O, I), given as the artifact's tensors, and activations of `dtype`.
+
+    Damaged tensors raise a ValueError. `exact` changes nothing: both paths equal the reference up to the order of summation.
+    """
+    _sparse.refuse(reference.block_problems(tensors, params, shape), shape)
+    kind, pre, post = reference.core_kind(params), tensors["pre"], tensors["post"]
+    core = reference.CORES[kind].prepare(tensors, params, shape, dtype, exact)
+    if core.path == _sparse.DENSE:
+        pre, post = pre.to(dtype), post.to(dtype)
+    return Prepared(core.path, kind, core, pre, post)
+
+
+def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x (..., I) times Wᵀ plus bias -> (..., O) in x's dtype."""
+    p = prepared
+    y = reference.CORES[p.kind].linear(reference.blocks(x, p.pre), p.core)
+    return reference.blocks(y, p.post, bias)

@@ -1,0 +1,79 @@
+"""The definition of `armor`: y = A S B x + bias, where A = blockdiag(post), B = blockdiag(pre), and S is the sparse core.
+
+The three products are taken one after the other, each in x's dtype: its factor is rounded to that dtype, and so are its
+results and the sum with the bias. A path may differ in the order of summation only. The weight A S B is never formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from compress_kernels import _sparse, sparse24, sparse24_int
+
+CORES = {"sparse24": sparse24, "sparse24_int": sparse24_int}
+
+
+def core_kind(params: Mapping[str, Any]) -> str:
+    """Kind of the sparse core: `sparse24` where the params name none."""
+    return str(params.get("core", "sparse24"))
+
+
+def unfit(params: Mapping[str, Any], shape: tuple[int, int]) -> str | None:
+    """None, or why the blocks of a weight of `shape` (O, I) cannot have these params."""
+    if core_kind(params) not in CORES:
+        return f"the core is {core_kind(params)!r}, not {' or '.join(CORES)}"
+    for key, size, what in (("b_out", shape[0], "outputs"), ("b_in", shape[1], "inputs")):
+        block = int(params[key])
+        if block < 1 or size % block:
+            return f"{size} {what} cannot be split into blocks of {block}"
+    return None
+
+
+def block_problems(tensors: Mapping[str, torch.Tensor], params: Mapping[str, Any], shape: tuple[int, int]) -> list[str]:
+    """What is wrong with pre and post; empty where they can be used. The core is not looked at."""
+    why = unfit(params, shape)
+    if why:
+        return [why]
+    found = []
+    for name, size, block in (("pre", shape[1], int(params["b_in"])), ("post", shape[0], int(params["b_out"]))):
+        tensor = tensors[name]
+        found += _sparse.misshapen(name, tensor, (size // block, block, block)) or _sparse.not_finite(name, tensor)
+    return found
+
+
+def problems(tensors: Mapping[str, torch.Tensor], params: Mapping[str, Any], shape: tuple[int, int]) -> list[str]:
+    """What is wrong with the tensors of a weight of `shape` (O, I); empty where they can be used."""
+    found = block_problems(tensors, params, shape)
+    if core_kind(params) in CORES:
+        found += CORES[core_kind(params)].reference.problems(tensors, params, shape)
+    return found
+
+
+def blocks(x: torch.Tensor, D: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x (..., k*b) times blockdiag(D)ᵀ plus bias, D (k, b, b), in x's dtype."""
+    columns = x.reshape(-1, D.shape[0], D.shape[1]).transpose(0, 1)
+    y = torch.bmm(columns, D.to(x.dtype).transpose(1, 2)).transpose(0, 1).reshape(x.shape)
+    return y if bias is None else y + bias
+
+
+def dequantize(tensors: Mapping[str, torch.Tensor], params: Mapping[str, Any], shape: tuple[int, int]) -> torch.Tensor:
+    """The weight A S B (O, I), multiplied in fp32."""
+    pre, post = tensors["pre"].float(), tensors["post"].float()
+    S = CORES[core_kind(params)].reference.dequantize(tensors, params, shape)
+    left = torch.bmm(post, S.unflatten(0, (len(post), -1))).view(shape)
+    return blocks(left, pre.transpose(1, 2))
+
+
+def linear(
+    x: torch.Tensor,
+    tensors: Mapping[str, torch.Tensor],
+    params: Mapping[str, Any],
+    shape: tuple[int, int],
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x (..., I) through B, S and A, plus bias, in x's dtype."""
+    y = CORES[core_kind(params)].reference.linear(blocks(x, tensors["pre"]), tensors, params, shape)
+    return blocks(y, tensors["post"], bias)

@@ -1,0 +1,46 @@
+"""y = x Wᵀ + bias for weights of which N of every M consecutive inputs are kept: `prepare` once after loading, then `linear`.
+
+Paths: `dense` and `tiled`, chosen by COMPRESS_BACKEND (`compress_kernels._sparse`); `reference` defines what they compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from compress_kernels import _sparse
+from compress_kernels._sparse import Prepared
+from compress_kernels.int_grouped_outliers.tiled import tile_rows
+from compress_kernels.sparse24 import reference, tiled
+
+
+def prepare(
+    tensors: Mapping[str, torch.Tensor],
+    params: Mapping[str, Any],
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    exact: bool = False,
+) -> Prepared:
+    """Choose a path for a weight of `shape` (O, I), given as the artifact's tensors, and activations of `dtype`.
+
+    Damaged tensors raise a ValueError. `exact` changes nothing: both paths equal the reference up to the order of summation.
+    """
+    _sparse.refuse(reference.problems(tensors, params, shape), shape)
+    n, m, values, meta = int(params["n"]), int(params["m"]), tensors["values"], tensors["meta"]
+    rows = tile_rows(shape, values.device)
+    if _sparse.path("sparse24") == _sparse.TILED:
+        return Prepared(_sparse.TILED, parts=(values, meta), sizes=(n, m, rows))
+
+    def decode(tile: slice, out: torch.Tensor) -> None:
+        tiled.dequantize(values[tile], meta[tile], n, m, out)
+
+    return Prepared(_sparse.DENSE, _sparse.whole(shape, rows, decode, dtype, values.device))
+
+
+def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x (..., I) times Wᵀ plus bias -> (..., O) in x's dtype."""
+    p = prepared
+    return tiled.linear(x, *p.parts, bias, *p.sizes) if p.weight is None else F.linear(x, p.weight, bias)
