@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from compress import calibration, devices, registry
-from compress.checkpoint import source, unpacked
+from compress.checkpoint import dtypes, source, unpacked
 from compress.checkpoint.writer import MAX_SHARD
 from compress.errors import CompressError, nearest
 from compress.models import rotate
@@ -144,6 +144,18 @@ def _scale_to_model(config: Any, plan: layout.Layout, view: CheckpointView) -> A
     return dataclasses.replace(config, sparsity=share)
 
 
+def _warn_of_size(plan: layout.Layout, view: CheckpointView) -> None:
+    """Say so where compressed linears would be larger than the dense ones (wrappers of a small matrix, a tiny share of zeros)."""
+    if plan.name == layout.DENSE:
+        return
+    kept = [f"{t.name}.weight" for t in plan.targets.values()]
+    before = sum(torch.Size(view.shape(n)).numel() * dtypes.itemsize(view.dtype(n)) for n in kept)
+    after = sum(p.nbytes for p in plan.plan if p.name.rpartition(".")[0] in plan.targets and not p.name.endswith(".bias"))
+    if after > before:
+        hint = ", a smaller --block" if "b_in" in next(iter(plan.targets.values())).params else ""
+        logger.warning("the compressed linears take %.2f of the dense ones' bytes: use --format dense%s", after / before, hint)
+
+
 def prepare(model: str | Path, method: str, verb: str, ask: Asked) -> Job:
     """Check every option against the checkpoint's headers."""
     module = registry.load("methods", method)
@@ -158,7 +170,14 @@ def prepare(model: str | Path, method: str, verb: str, ask: Asked) -> Job:
     hf_config = load_config(folder, ask.trust_remote_code, compressed=pruned)
     rotation = module.transform(config) if hasattr(module, "transform") else None
     skeleton, view = rotate.open_model(folder, hf_config, rotation, ask.trust_remote_code, ask.keep_zeros)
+    if any(s.wrapped for s in view.sparsity.values()) and not (getattr(module, "CORES", False) and form != layout.DENSE):
+        raise CompressError(
+            f"{folder}: an armor artifact, of which only the cores can be quantized, by gptq, rsq --no-rotate or rtn, and packed",
+            hint="-m gptq without --format", usage=True,
+        )  # fmt: skip
     widths = Widths(ask.layer_config, ask.target_bpw)
+    if widths.target is not None and any(s.wrapped for s in view.sparsity.values()):
+        raise CompressError("--target-bpw cannot measure armor's cores", hint="use --layer-config", usage=True)
     plan = layout.make(skeleton, view, config, form, ask.ignore, None, widths.asked)
     if ask.of_model:
         config = _scale_to_model(config, plan, view)
@@ -180,6 +199,7 @@ def prepare(model: str | Path, method: str, verb: str, ask: Asked) -> Job:
     widths.check(plan)
     for linear in plan.left:
         logger.warning("%s stays dense: compressed-tensors 0.20 cannot read 4-bit zero-points of so few outputs", linear)
+    _warn_of_size(plan, view)
     if reducers(module, config, plan, widths):
         Head(skeleton, view, job.dtype)  # refuses what gradients do not know, before anything is read
         if not job.observes and not job.surveys:  # no other window would be looked at

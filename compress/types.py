@@ -27,12 +27,16 @@ class Scaling:
     heads: tuple[int, int, int] | None = None  # (n_kv, n_rep, head_dim): tie the scale over the repeats (GQA)
 
 
+Wrappers = tuple["torch.Tensor", "torch.Tensor"]  # ARMOR's pre (I/b, b, b) and post (O/b, b, b)
+
+
 @dataclass(frozen=True, slots=True)
 class Sparsity:
     """What a checkpoint records about a linear whose zeros are meant."""
 
     pattern: tuple[int, int] | None = None  # N kept of every M inputs
     mask_sha256: str | None = None
+    wrapped: tuple[int, int] | None = None  # (b_in, b_out) of ARMOR's wrappers, between which the weight stands
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,7 @@ class Block:
     gradient: Mapping[str, torch.Tensor] = field(default_factory=dict)  # what the method's reducer kept of the reverse walk
     survey: Mapping[str, torch.Tensor] = field(default_factory=dict)  # what the method kept of its own walk before this one
     sparse: frozenset[str] = frozenset()  # linears whose zeros must stay zeros
+    wrappers: Mapping[str, Wrappers] = field(default_factory=dict)  # linears whose weight is a core: post W pre
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
-"""One llm-compressor run, for comparison: quantize a model in memory, then measure its perplexity.
+"""One llm-compressor run, for comparison: quantize or prune a model in memory, then measure its perplexity.
 
 Runs inside the peer's own environment (llmcompressor 0.14, CPU) and imports nothing from this project. The last line of
 standard output is one JSON object (the only line with --json); everything else goes to standard error.
 
     python llmcompressor_job.py --model DIR --method awq --bits 4 --asymmetric --calibration FILE --text FILE --json
+    python llmcompressor_job.py --model DIR --method sparsegpt --pattern 2:4 --calibration FILE --text FILE --json
 """
 
 from __future__ import annotations
@@ -26,14 +27,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 STDOUT = sys.stdout
 
 
+PRUNERS = ("sparsegpt", "wanda")
+
+
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
-    parser.add_argument("--method", choices=("rtn", "awq", "gptq"), required=True)
-    parser.add_argument("--bits", type=int, choices=(2, 3, 4), required=True)
+    parser.add_argument("--method", choices=("rtn", "awq", "gptq", *PRUNERS), required=True)
+    parser.add_argument("--bits", type=int, choices=(2, 3, 4), default=4)
+    parser.add_argument("--pattern", default="0:0", help="zeros of a pruning method as N:M; default: 50 %% unstructured")
     parser.add_argument("--group-size", type=int, default=64)
-    symmetry = parser.add_mutually_exclusive_group(required=True)
+    symmetry = parser.add_mutually_exclusive_group()
     symmetry.add_argument("--symmetric", dest="symmetric", action="store_true")
     symmetry.add_argument("--asymmetric", dest="symmetric", action="store_false")
     parser.add_argument("--calibration", type=Path, help="text file; needed for awq and gptq")
@@ -77,6 +82,11 @@ def windows_of(tokenizer: Any, path: Path, count: int, length: int) -> Any:
 
 def recipe_for(arguments: argparse.Namespace) -> list[Any]:
     """List the modifiers of the recipe: weights only, per group, every Linear but lm_head."""
+    if arguments.method in PRUNERS:
+        from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+
+        pruner = SparseGPTModifier if arguments.method == "sparsegpt" else WandaPruningModifier
+        return [pruner(sparsity=0.5, mask_structure=arguments.pattern, targets=["Linear"], ignore=["re:.*lm_head"])]
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
@@ -139,6 +149,18 @@ def check_quantized(model: Any, arguments: argparse.Namespace) -> int:
     return count
 
 
+def check_pruned(model: Any) -> int:
+    """Check that half of each Linear of the blocks is zero; return how many there are."""
+    import torch
+
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    for name, module in linears:
+        share = float((module.weight == 0).float().mean())
+        if abs(share - 0.5) > 0.01:
+            sys.exit(f"error: {name} has {share:.3f} zeros")
+    return len(linears)
+
+
 def perplexity(model: Any, windows: Any) -> float:
     """Exponential of the mean loss over the windows, each the mean over its T-1 predictions."""
     import torch
@@ -174,18 +196,19 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     peak = peak_rss_gb()
 
     with torch.no_grad():
-        quantized = check_quantized(model, arguments)
+        count = check_pruned(model) if arguments.method in PRUNERS else check_quantized(model, arguments)
         value = perplexity(model, evaluation)
     return {
         "method": arguments.method,
         "bits": arguments.bits,
         "group_size": arguments.group_size,
         "symmetric": arguments.symmetric,
+        "pattern": arguments.pattern,
         "perplexity": round(value, 4),
         "seconds": round(seconds, 2),
         "peak_rss_gb": round(peak, 3),
         "baseline_rss_gb": round(baseline, 3),
-        "quantized_linears": quantized,
+        "linears": count,
         "threads": arguments.threads,
         "versions": {
             "python": platform.python_version(),

@@ -13,7 +13,7 @@ from compress import registry
 from compress.checkpoint import dtypes, manifest
 from compress.checkpoint.reader import CheckpointReader, Entry
 from compress.errors import CompressError
-from compress.types import Packed, Sparsity
+from compress.types import Packed, Sparsity, Wrappers
 
 
 def linears(folder: Path) -> dict[str, dict[str, Any]] | None:
@@ -38,14 +38,16 @@ def sparsity(known: Mapping[str, Mapping[str, Any]]) -> dict[str, Sparsity]:
     """What the manifest says about the zeros of each linear."""
     found = {}
     for name, entry in known.items():
-        if "mask_sha256" in entry:
-            params = entry["params"]
-            found[name] = Sparsity((params["n"], params["m"]) if "n" in params else None, entry["mask_sha256"])
+        params = entry["params"]
+        wrapped = (params["b_in"], params["b_out"]) if "b_in" in params else None
+        if "mask_sha256" in entry and not (wrapped and entry["kind"] == "dense"):  # a product with wrappers has no zeros
+            pattern = (params["n"], params["m"]) if "n" in params else None
+            found[name] = Sparsity(pattern, entry["mask_sha256"], wrapped)
     return found
 
 
 class UnpackedReader(CheckpointReader):
-    """A checkpoint in which `<linear>.weight` stands where the artifact holds a format's tensors.
+    """A checkpoint in which `<linear>.weight` stands where the artifact holds a format's tensors; of ARMOR's it is the core.
 
     `transposed` names the weights that the model keeps as (I, O).
     """
@@ -83,8 +85,13 @@ class UnpackedReader(CheckpointReader):
         problems = module.problems(packed) if hasattr(module, "problems") else []
         if problems:
             raise CompressError(f"{linear}: {problems[0]}", hint="the artifact is damaged: copy it again")
-        W: torch.Tensor = module.dequantize(packed).to(dtypes.TORCH[entry.dtype])
+        whole = module.pruned if hasattr(module, "pruned") else module.dequantize
+        W: torch.Tensor = whole(packed).to(dtypes.TORCH[entry.dtype])
         return W.T.contiguous() if name in self._transposed else W
+
+    def wrappers(self, linear: str) -> Wrappers:
+        """pre and post of a wrapped linear, as stored."""
+        return self._part(f"{linear}.pre"), self._part(f"{linear}.post")
 
     def _part(self, name: str) -> torch.Tensor:
         entry = self._stored[name]

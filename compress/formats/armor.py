@@ -72,6 +72,20 @@ def dequantize(packed: Packed) -> torch.Tensor:
     return reference.dequantize(packed.tensors, packed.params, packed.shape)
 
 
+def wrap(S: torch.Tensor, pre: torch.Tensor, post: torch.Tensor) -> torch.Tensor:
+    """A S B (O, I) of a core S (O, I); differentiable."""
+    O, I = S.shape
+    left = (post @ S.view(len(post), -1, I)).view(O, len(pre), -1)
+    return torch.einsum("okb,kbc->okc", left, pre).reshape(O, I)
+
+
+def pruned(packed: Packed) -> torch.Tensor:
+    """The core (O, I) in fp32, whose zeros are meant."""
+    core = unpack(packed)[0]
+    W: torch.Tensor = _core(packed.params, packed.shape).dequantize(core)
+    return W
+
+
 def trainable(packed: Packed) -> Trainable:
     """The core's kept values and both wrappers may change, the mask may not."""
     core, pre, post = unpack(packed)
@@ -79,10 +93,7 @@ def trainable(packed: Packed) -> Trainable:
     n, m, dtype = int(core.params["n"]), int(core.params["m"]), pre.dtype
 
     def weight(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        O, I = packed.shape
-        S = parts["S"] * mask.to(parts["S"].device)
-        left = (parts["post"] @ S.view(len(post), -1, I)).view(O, len(pre), -1)
-        return torch.einsum("okb,kbc->okc", left, parts["pre"]).reshape(O, I)
+        return wrap(parts["S"] * mask.to(parts["S"].device), parts["pre"], parts["post"])
 
     def rebuild(parts: Mapping[str, torch.Tensor]) -> Packed:
         values = sparse24.pack((parts["S"].cpu() * mask).to(dtype), mask, n=n, m=m)

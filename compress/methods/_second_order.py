@@ -86,6 +86,8 @@ def compress(
         for own, sparse, names in alike(block, group, grid):
             W = torch.cat([block.weights[n].float() for n in names])
             H = stats[names[0]].hessian()
+            if names[0] in block.wrappers:
+                H = seen_by_core(H, block.wrappers[names[0]][0])
             solved, facts = _solvers.second_order(
                 W, H, own, damp=config.damp, act_order=config.act_order, clip=config.clip, name=names[0], sparse=sparse
             )
@@ -100,8 +102,16 @@ def compress(
 
 def alike(block: Block, group: tuple[str, ...], grid: Grid) -> list[tuple[Grid, bool, list[str]]]:
     """The linears of a group that can be solved as one: by their grid, and by whether their zeros must stay."""
-    found: dict[tuple[Grid, bool], list[str]] = {}
+    found: dict[tuple[Grid, bool, str], list[str]] = {}
     for n in group:
         if n in block.weights:
-            found.setdefault((grid.at(block.params.get(n)), n in block.sparse), []).append(n)
-    return [(own, sparse, names) for (own, sparse), names in found.items()]
+            own = n if n in block.wrappers else ""  # a core's inputs are its own
+            found.setdefault((grid.at(block.params.get(n)), n in block.sparse, own), []).append(n)
+    return [(own, sparse, names) for (own, sparse, _), names in found.items()]
+
+
+def seen_by_core(H: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
+    """B H Bᵀ (I, I) for B = blockdiag(pre): the second moment of what ARMOR's core sees."""
+    I, (blocks, b, _) = len(H), pre.shape
+    left = (pre @ H.view(blocks, b, I)).view(I, I)
+    return (pre @ left.T.reshape(blocks, b, I)).view(I, I)

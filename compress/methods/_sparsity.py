@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from compress.methods._pack import relative_error
 from compress.types import Block, Collect, Packed, Stat
 
 SCOPES = ("row", "matrix", "model")
+QUALITY_EPOCHS = 20
 BINS = 1 << 16  # of scores, by the upper 16 bits of their fp32 form: 1/128 of a score at most
 
 
@@ -26,9 +28,15 @@ class Sparse:
     pattern: str = field(default="", metadata={"help": "N:M, N weights kept of every M inputs, such as 2:4, in place of a share"})
 
     recover: int = field(default=0, metadata={"help": "epochs of training each block towards the dense one; masks stay"})
+    quality: bool = field(default=False, metadata={"help": "best mode: behind pruned blocks, stage by stage, --recover 20"})
     recover_lr: float = field(default=0.02, metadata={"help": "its step, as a share of the weights' root mean square"})
 
     def __post_init__(self) -> None:
+        if self.quality:
+            best = {"recover": self.recover or QUALITY_EPOCHS, "propagate": True, "sequential": True}
+            for name, value in best.items():
+                if name in {f.name for f in dataclasses.fields(self)}:
+                    object.__setattr__(self, name, value)
         if self.recover < 0 or not 0 < self.recover_lr < 1:
             raise CompressError("--recover is a number of epochs, --recover-lr lies in 0..1", hint="10 and 0.02", usage=True)
         if self.recover and not getattr(self, "propagate", True):

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from compress.methods._second_order import SecondOrder, collects, compress, stages, workspace
 
 CALIBRATED = True
-__all__ = ["CALIBRATED", "Config", "collects", "compress", "stages", "workspace"]
+CORES = True  # quantizes ARMOR\'s cores
+__all__ = ["CALIBRATED", "CORES", "Config", "collects", "compress", "stages", "workspace"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ from compress.methods._second_order import SecondOrder, collects, compress, stag
 from compress.types import Rotate, TokenView
 
 CALIBRATED = True
-__all__ = ["CALIBRATED", "Config", "collects", "compress", "stages", "token_weights", "transform", "workspace"]
+CORES = True  # quantizes ARMOR\'s cores
+__all__ = ["CALIBRATED", "CORES", "Config", "collects", "compress", "stages", "token_weights", "transform", "workspace"]
 
 
 @dataclass(frozen=True, slots=True)

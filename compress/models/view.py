@@ -9,9 +9,10 @@ import torch
 
 from compress.checkpoint.dtypes import finite
 from compress.checkpoint.reader import CheckpointReader
+from compress.checkpoint.unpacked import UnpackedReader
 from compress.errors import CompressError
 from compress.models import auto
-from compress.types import Sparsity
+from compress.types import Sparsity, Wrappers
 
 if TYPE_CHECKING:
     from compress.models.skeleton import Skeleton
@@ -53,6 +54,11 @@ class CheckpointView:
             self._source[name] = source
         taken = set(self._source.values())
         self.extra = [n for n in reader.names if n not in taken and n not in self._source]
+
+    def wrappers(self, linear: str) -> Wrappers:
+        """pre and post of a linear that `sparsity` calls wrapped."""
+        assert isinstance(self.reader, UnpackedReader)
+        return self.reader.wrappers(linear)
 
     @property
     def names(self) -> list[str]:

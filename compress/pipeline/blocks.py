@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from compress.formats import armor
 from compress.models.skeleton import Skeleton
 from compress.models.view import CheckpointView
 from compress.pipeline.layout import Layout
-from compress.types import Block
+from compress.types import Block, Wrappers
 
 Tensors = dict[str, torch.Tensor]
 
@@ -46,7 +47,21 @@ class Blocks:
     def params(self, index: int, tensors: Mapping[str, torch.Tensor]) -> Tensors:
         """Tensors as the module wants them."""
         prefix = self.skeleton.prefix(index)
-        return {n: self.turn(prefix + n, t).to(self.device, self.dtype) for n, t in tensors.items()}
+        whole = {n: self._wrapped(prefix + n, t) for n, t in tensors.items()}
+        return {n: self.turn(prefix + n, t).to(self.device, self.dtype) for n, t in whole.items()}
+
+    def _wrapped(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The weight that a core stands for; anything else as it is."""
+        wrappers = self.wrappers(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        return tensor if wrappers is None else armor.wrap(tensor.float(), *wrappers)
+
+    def wrappers(self, linear: str) -> Wrappers | None:
+        """pre and post, fp32, of a linear by its full name, if its weight is a core."""
+        known = self.view.sparsity.get(linear)
+        if known is None or known.wrapped is None:
+            return None
+        pre, post = self.view.wrappers(linear)
+        return pre.to(self.device).float(), post.to(self.device).float()
 
     def split(self, index: int, loaded: Tensors, layout: Layout) -> Block:
         """A loaded block as methods see it; `loaded` loses the linears to compress."""
@@ -56,6 +71,7 @@ class Blocks:
             index, {n: loaded.pop(f"{n}.weight") for n in chosen}, loaded, skeleton.groups(index), skeleton.scalings(),
             skeleton.no_clip(index), {n: layout.targets[prefix + n].params for n in chosen},
             sparse=frozenset(n for n in chosen if prefix + n in self.view.sparsity),
+            wrappers={n: found for n in chosen if (found := self.wrappers(prefix + n)) is not None},
         )  # fmt: skip
 
     @staticmethod

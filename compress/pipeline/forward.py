@@ -199,7 +199,8 @@ class Forward(BlockWalk):
         """Density and mask of a linear whose zeros are meant, for the manifest; a quantized one keeps its source's mask."""
         if not (self.walk.sparse or name in block.sparse):
             return {}
-        W = dense(packed)
+        form = registry.by_kind(packed.kind)
+        W = form.pruned(packed) if hasattr(form, "pruned") else dense(packed)
         kept = (block.weights[name] if name in block.sparse else W) != 0
         lost = int(((W != 0) & ~kept.to(W.device)).sum())
         if lost:

@@ -14,10 +14,10 @@ from compress import registry
 from compress.checkpoint import dtypes
 from compress.checkpoint.writer import Planned
 from compress.errors import CompressError, nearest
-from compress.formats import int_grouped, sparse24_int
+from compress.formats import armor, int_grouped, sparse24_int
 from compress.models.skeleton import Skeleton
 from compress.models.view import CheckpointView
-from compress.types import Packed, Sparsity
+from compress.types import Packed, Sparsity, Wrappers
 
 logger = logging.getLogger(__name__)
 Choices = Mapping[str, Mapping[str, Any]]  # full name of a linear -> format params that replace the config's
@@ -47,6 +47,7 @@ class Layout:
     plan: tuple[Planned, ...]
     guarded: bool  # stock loaders must refuse it
     cast: str | None  # dtype that every other float tensor is cast to
+    wrappers: Callable[[str], Wrappers] | None = None  # of linears whose kind is armor and whose method packs the core
     left: tuple[str, ...] = ()  # linears that stay dense because a stock loader could not read them
 
     @property
@@ -62,7 +63,10 @@ class Layout:
         if target.kind == "dense":
             W = dense(packed).to(dtypes.TORCH[target.dtype])
             return {f"{target.name}.weight": W.T.contiguous() if target.transposed else W}
-        if target.kind != self.packs:
+        if target.kind != self.packs and target.kind == armor.KIND:
+            assert self.wrappers is not None
+            packed = armor.pack(sparse24_int.from_int_grouped(packed, target.params), *self.wrappers(target.name))
+        elif target.kind != self.packs:
             packed = registry.by_kind(target.kind).from_int_grouped(packed, target.params)
         return {f"{target.name}.{suffix}": t for suffix, t in packed.tensors.items()}
 
@@ -72,6 +76,8 @@ class Layout:
         suffixes = module.spec(target.params, target.shape, target.dtype)
         tensors = {s: read(f"{target.name}.{s}") for s in suffixes}
         found = Packed(module.KIND, module.VERSION, target.params, tensors, target.shape)
+        if target.kind != self.packs and target.kind == armor.KIND:
+            found, module = armor.unpack(found)[0], sparse24_int
         back: Packed = found if target.kind == self.packs else module.to_int_grouped(found)
         return back
 
@@ -140,7 +146,7 @@ def make(
             plan += [Planned(f"{target.name}.{suffix}", d, shape) for suffix, (d, shape) in spec.items()]
     own = any(t.kind not in (int_grouped.KIND, "awq", "dense") for t in targets.values())
     guarded = own or (layout == QUANTIZED and (conv1d or _mixed(targets)))
-    return Layout(layout, packs, targets, tuple(plan), guarded, cast, tuple(left))
+    return Layout(layout, packs, targets, tuple(plan), guarded, cast, view.wrappers, tuple(left))
 
 
 def _kind(layout: str, packs: str, source: Sparsity | None) -> tuple[str, dict[str, Any]]:
@@ -149,6 +155,9 @@ def _kind(layout: str, packs: str, source: Sparsity | None) -> tuple[str, dict[s
         return layout, {}
     if packs == int_grouped.KIND and source is not None and source.pattern is not None:
         n, m = source.pattern
+        if source.wrapped is not None:
+            b_in, b_out = source.wrapped
+            return armor.KIND, {"n": n, "m": m, "b_in": b_in, "b_out": b_out, "core": sparse24_int.KIND}
         return sparse24_int.KIND, {"n": n, "m": m}
     return packs, {}
 

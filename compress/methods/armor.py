@@ -1,0 +1,166 @@
+"""ARMOR: a 2:4 core between two block-diagonal wrappers (arXiv 2510.05528).
+
+    minimise over A, B, S   sum_ij ((A S B - W_bar)_ij)² h_j,     S = W' * M with N of every M, A and B block-diagonal
+
+W_bar is NoWag-P's normalised weight, h the energy of the inputs. NoWag-P (A = B = I) is the start, and no linear ends above its
+loss; both losses are in the manifest. Modes (docs/pruning.md compares them):
+
+- fast (default): closed-form wrappers, exact core steps on many groups at once, L-BFGS between them (`_armor_fast`);
+- paper: LawrenceRLiu/ARMOR `ARMOR_compress.py` to the letter, but that the best iterate is kept (`_armor`);
+- quality: the whole covariance of the inputs in place of h, on inputs behind the pruned blocks (`_armor_quality`).
+
+r1 and r2 of the normalisation are folded into B and A. Served as y = A S B x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from compress.errors import CompressError, nearest
+from compress.formats import armor, sparse24
+from compress.methods import _armor, _armor_fast, _armor_quality, _sparsity
+from compress.methods._masks import normalise, parse_pattern
+from compress.methods._pack import relative_error
+from compress.stats import InputStats
+from compress.types import Block, Collect, Packed, Result, Runner, Stat
+
+VERB = "prune"
+CALIBRATED = True
+MODES = ("fast", "paper", "quality")
+
+
+@dataclass(frozen=True, slots=True)
+class Config(_sparsity.Sparse):
+    """Options of ARMOR."""
+
+    pattern: str = field(default="2:4", metadata={"help": "N:M of the core, N weights kept of every M inputs"})
+    mode: str = field(default="fast", metadata={"help": "fast, paper, or quality (whole covariance; --quality chooses it)"})
+    block: int = field(default=128, metadata={"help": "largest block of the wrappers; the largest divisor up to it is taken"})
+    iters: int = field(default=20_000, metadata={"help": "iterations of mode paper"})
+    lr: float = field(default=1e-4, metadata={"help": "Adam's rate in mode paper"})
+    seed: int = field(default=0, metadata={"help": "of the groups that mode paper draws"})
+    damp: float = field(default=0.01, metadata={"help": "share of the mean diagonal added to the covariance in mode quality"})
+    sequential: bool = field(default=False, metadata={"help": "collect again after every group of linears (qkv, o, gate/up, down)"})
+    propagate: bool = field(default=False, metadata={"help": "calibrate each block on the pruned blocks before it"})
+
+    def __post_init__(self) -> None:
+        if self.quality:
+            object.__setattr__(self, "mode", "quality")
+        _sparsity.Sparse.__post_init__(self)
+        _sparsity.check_walk(self.sequential, self.propagate)
+        if self.mode not in MODES:
+            raise CompressError(f"--mode {self.mode!r} is unknown", hint=nearest(self.mode, list(MODES)), usage=True)
+        if not self.pattern:
+            raise CompressError("armor prunes to a pattern", hint="--pattern 2:4", usage=True)
+        if self.block < self.nm[1] or self.iters < 0 or not self.lr > 0 or not 0 <= self.damp <= 10:
+            raise CompressError(
+                f"--block {self.block}, --iters {self.iters}, --lr {self.lr} or --damp {self.damp} is out of range",
+                hint="128, 20000, 1e-4 and 0.01 are usual", usage=True,
+            )  # fmt: skip
+
+    @property
+    def nm(self) -> tuple[int, int]:
+        """(N, M) of the core."""
+        n, m = parse_pattern(self.pattern)
+        return n, m
+
+    @property
+    def kind(self) -> str:
+        """Kind of the linears."""
+        return armor.KIND
+
+    def params(self, shape: tuple[int, int]) -> dict[str, Any]:
+        """Format parameters of a linear (O, I)."""
+        n, m = self.nm
+        b_in, b_out = _armor.block_size(shape[1], self.block, m), _armor.block_size(shape[0], self.block, 1)
+        return {"n": n, "m": m, "b_in": b_in, "b_out": b_out}
+
+
+def stages(block: Block, config: Config) -> tuple[tuple[str, ...], ...]:
+    """All at once, or the linears that read the same input one group after the other."""
+    return _sparsity.stages(block, config.sequential)
+
+
+def collects(block: Block, config: Config) -> Collect:
+    """One energy, or one covariance, per input."""
+    return _sparsity.collects(block, Stat.GRAM if config.mode == "quality" else Stat.ENERGY)
+
+
+def workspace(block: Block, config: Config) -> int:
+    """Bytes that `compress` needs for its largest linear."""
+    inputs = max(W.shape[1] for W in block.weights.values()) if config.mode == "quality" else 0
+    return 4 * (45 * max(W.numel() for W in block.weights.values()) + 4 * inputs**2)
+
+
+def compress(
+    block: Block, stats: Mapping[str, InputStats], config: Config, run: Runner | None, scale_dtype: torch.dtype
+) -> Result:  # fmt: skip
+    """Factorize every linear of the block."""
+    packed: dict[str, Packed] = {}
+    errors: dict[str, float] = {}
+    record = []
+    for name, W in _sparsity.weights(block):
+        packed[name], facts = _linear(W, stats[name], block.params[name], config, scale_dtype, name)
+        errors[name] = relative_error(W, armor.dequantize(packed[name]))
+        record.append({"linear": name, **{k: float(f"{v:.6g}") for k, v in facts.items()}})
+    return Result(packed, errors=errors, record={"armor": record})
+
+
+def _energy(stats: InputStats) -> torch.Tensor:
+    """h (I,); channels that were never used get the mean of the others (ARMOR `validate_hessianDiag`)."""
+    h = stats.energy()
+    valid = torch.isfinite(h) & (h > 0)
+    return torch.where(valid, h, h[valid].mean() if bool(valid.any()) else torch.ones_like(h))
+
+
+def _linear(
+    W: torch.Tensor, stats: InputStats, params: Mapping[str, Any], config: Config, dtype: torch.dtype, name: str
+) -> tuple[Packed, dict[str, float]]:  # fmt: skip
+    """One linear (O, I) packed, with the relative losses of NoWag-P (L0) and of what is stored (L)."""
+    n, m, b_in, b_out = (int(params[key]) for key in ("n", "m", "b_in", "b_out"))
+    sizes = b_out, b_in, n, m
+    if config.mode == "quality":
+        C = _armor_quality.damped(stats.hessian(), config.damp)
+        plain = _armor_quality.nowag(W, C, *sizes)
+        found, _ = _armor_quality.quality(W, C, *sizes, damp=0.0)
+        r1, r2 = torch.ones_like(W[0]), torch.ones_like(W[:, 0])
+
+        def measure(W_hat: torch.Tensor) -> float:
+            E = W_hat - W
+            return float(((E @ C) * E).sum(dtype=torch.float64) / ((W @ C) * W).sum(dtype=torch.float64).clamp(min=1e-30))
+    else:
+        h, bar = _energy(stats), normalise(W)
+        plain = _armor.start(bar.W, h, *sizes)
+        if config.mode == "paper":
+            found, _ = _armor.paper(bar.W, h, *sizes, iters=config.iters, lr=config.lr, seed=config.seed)
+        else:
+            found, _ = _armor_fast.fast(bar.W, h, *sizes)
+        r1, r2 = bar.r1, bar.r2
+
+        def measure(W_hat: torch.Tensor) -> float:
+            E = (W_hat - W) / r1 / r2.unsqueeze(1)
+            return float((E.square() * h).sum(dtype=torch.float64) / (bar.W.square() * h).sum(dtype=torch.float64).clamp(min=1e-30))
+
+    ones = _armor.Factors(torch.eye(b_out).expand_as(found.A), torch.eye(b_in).expand_as(found.B), W * plain.mask, plain.mask)
+    base = _pack(ones, torch.ones_like(r1), torch.ones_like(r2), n, m, dtype, name)
+    best = _pack(found, r1, r2, n, m, dtype, name)
+    L0, L = measure(armor.dequantize(base).to(W.device)), measure(armor.dequantize(best).to(W.device))
+    if not L <= L0:
+        best, L = base, L0
+    return best, {"L0": L0, "L": L, "ratio": L / L0 if L0 else 1.0}
+
+
+def _pack(
+    f: _armor.Factors, r1: torch.Tensor, r2: torch.Tensor, n: int, m: int, dtype: torch.dtype, name: str
+) -> Packed:  # fmt: skip
+    """Factors with r1 (I,) folded into B and r2 (O,) into A."""
+    pre = (f.B * r1.view(len(f.B), 1, -1)).to(dtype).cpu()
+    post = (f.A * r2.view(len(f.A), -1, 1)).to(dtype).cpu()
+    core = f.S.to(dtype).cpu()
+    if not all(torch.isfinite(t).all() for t in (pre, post, core)):
+        raise CompressError(f"{name}: a factor does not fit into {dtype}", hint="start from a bfloat16 copy of the checkpoint")
+    return armor.pack(sparse24.pack(core, f.mask.cpu(), n=n, m=m), pre, post)
