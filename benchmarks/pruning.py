@@ -118,29 +118,30 @@ def main() -> None:
             note(label, f"llm-compressor {method}", shape, run)
 
 
-def bits(row: dict[str, Any]) -> str:
-    """Stored bits per weight of the linears, of 16."""
-    return f"{row['bits_per_weight']:.1f}" if "bits_per_weight" in row else ""
+def columns(row: dict[str, Any] | None) -> tuple[str, str, str]:
+    """Perplexity, stored bits per weight of the linears, seconds."""
+    if row is None:
+        return "", "", ""
+    bits = f"{row['bits_per_weight']:.1f}" if "bits_per_weight" in row else ""
+    return f"{row['perplexity']:.2f}", bits, f"{row['seconds']:.0f}"
 
 
 def render(rows: list[dict[str, Any]]) -> str:
     """The page: one table per model."""
     lines = [
         "# Quality of the pruning methods", "",
-        "Perplexity with half of the weights of every linear gone, unstructured (50 %) and 2:4. Written by `benchmarks/pruning.py`,",
-        "whose docstring gives the protocol; the rows are in `benchmarks/results/pruning.jsonl`. One small model and one text each: a",
-        "comparison, not a promise.", "",
+        "Perplexity with half of the weights of every linear gone, unstructured (50 %) and 2:4, and the bits per weight that the",
+        "linears take (16 dense). Written by `benchmarks/pruning.py`, whose docstring gives the protocol; the rows are in",
+        "`benchmarks/results/pruning.jsonl`. One small model and one text each: a comparison, not a promise.", "",
     ]  # fmt: skip
     for model in sorted({r["model"] for r in rows}):
         part = [r for r in rows if r["model"] == model]
         base = next(r["perplexity"] for r in part if r["job"] == "dense")
-        lines += [f"## {model}, dense {base:.2f}", "", "| | 50 % | bits | seconds | 2:4 | bits | seconds |", "| --- |" + " --- |" * 6]
+        lines += [f"## {model}, dense {base:.2f}", "", "| | 50 % | bits | seconds | 2:4 | bits | seconds |"]
+        lines.append("| --- |" + " --- |" * 6)
         for job in dict.fromkeys([*JOBS, *(r["job"] for r in part)]):
             found = {r["shape"]: r for r in part if r["job"] == job and job != "dense"}
-            cells = [
-                text for s in SHAPES
-                for text in ((f"{found[s]['perplexity']:.2f}", bits(found[s]), f"{found[s]['seconds']:.0f}") if s in found else [""] * 3)
-            ]  # fmt: skip
+            cells = [text for s in SHAPES for text in columns(found.get(s))]
             if found:
                 lines.append(f"| {job} | " + " | ".join(cells) + " |")
         lines.append("")

@@ -42,7 +42,7 @@ class Config(_sparsity.Sparse):
     block: int = field(default=128, metadata={"help": "largest block of the wrappers; the largest divisor up to it is taken"})
     iters: int = field(default=20_000, metadata={"help": "iterations of mode paper"})
     lr: float = field(default=1e-4, metadata={"help": "Adam's rate in mode paper"})
-    seed: int = field(default=0, metadata={"help": "of the groups that mode paper draws"})
+    draw_seed: int = field(default=0, metadata={"help": "of the groups that mode paper draws"})
     damp: float = field(default=0.01, metadata={"help": "share of the mean diagonal added to the covariance in mode quality"})
     sequential: bool = field(default=False, metadata={"help": "collect again after every group of linears (qkv, o, gate/up, down)"})
     propagate: bool = field(default=False, metadata={"help": "calibrate each block on the pruned blocks before it"})
@@ -136,7 +136,7 @@ def _linear(
         h, bar = _energy(stats), normalise(W)
         plain = _armor.start(bar.W, h, *sizes)
         if config.mode == "paper":
-            found, _ = _armor.paper(bar.W, h, *sizes, iters=config.iters, lr=config.lr, seed=config.seed)
+            found, _ = _armor.paper(bar.W, h, *sizes, iters=config.iters, lr=config.lr, seed=config.draw_seed)
         else:
             found, _ = _armor_fast.fast(bar.W, h, *sizes)
         r1, r2 = bar.r1, bar.r2
