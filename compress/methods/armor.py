@@ -157,10 +157,15 @@ def _linear(
 def _pack(
     f: _armor.Factors, r1: torch.Tensor, r2: torch.Tensor, n: int, m: int, dtype: torch.dtype, name: str
 ) -> Packed:  # fmt: skip
-    """Factors with r1 (I,) folded into B and r2 (O,) into A."""
-    pre = (f.B * r1.view(len(f.B), 1, -1)).to(dtype).cpu()
-    post = (f.A * r2.view(len(f.A), -1, 1)).to(dtype).cpu()
-    core = f.S.to(dtype).cpu()
+    """Factors with r1 (I,) folded into B and r2 (O,) into A; then B's rows and A's columns get length 1, the core their lengths.
+
+    16-bit numbers have little range, and factors are free up to these lengths.
+    """
+    B, A = f.B * r1.view(len(f.B), 1, -1), f.A * r2.view(len(f.A), -1, 1)
+    rows, columns = torch.linalg.vector_norm(B, dim=2), torch.linalg.vector_norm(A, dim=1)
+    rows, columns = (torch.where(v > 0, v, torch.ones_like(v)) for v in (rows, columns))
+    pre, post = (B / rows.unsqueeze(2)).to(dtype).cpu(), (A / columns.unsqueeze(1)).to(dtype).cpu()
+    core = (f.S * columns.view(-1, 1) * rows.view(1, -1)).to(dtype).cpu()
     if not all(torch.isfinite(t).all() for t in (pre, post, core)):
         raise CompressError(f"{name}: a factor does not fit into {dtype}", hint="start from a bfloat16 copy of the checkpoint")
     return armor.pack(sparse24.pack(core, f.mask.cpu(), n=n, m=m), pre, post)

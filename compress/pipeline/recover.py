@@ -1,6 +1,6 @@
 """Recovery: train what a block has left until its outputs are again those of the dense block on dense inputs.
 
-    minimise over the stored values   mean |f(W_hat; x_hat) - f(W; x)|² / mean |f(W; x)|²
+    minimise over the stored values   mean over tokens of |f(W_hat; x_hat) - f(W; x)|² / |f(W; x)|²
 
 x_hat are the block's inputs behind the compressed blocks before it, x those of the dense model, so that earlier errors are undone
 too (after EBFT, arXiv 2402.12419, and ZipLM's local distillation; masks stay). Adam with a cosine schedule, one step per batch of
@@ -69,7 +69,8 @@ class Recovery:
         weights = {n: one.weight(parts[n]) for n, one in linears.items()}
         want = self.targets[batch].to(self.device, torch.float32)
         out = self.run(weights, self.inputs[batch].to(self.device))
-        error = (out.float() - want).square().mean() / want.square().mean().clamp(min=1e-30)
+        size = want.square().mean(-1)
+        error = ((out.float() - want).square().mean(-1) / (size + 1e-3 * size.median()).clamp(min=1e-30)).mean()
         if not torch.isfinite(error.detach()):
             raise CompressError("recovery: the loss is NaN or Inf", hint="a smaller --recover-lr")
         return error
