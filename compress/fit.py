@@ -88,7 +88,7 @@ def prune(
     passed = ("seed", "batch_size", "states", "max_shard_size", "trust_remote_code", "progress")
     second = _ask(common | {k: v for k, v in options.items() if k in passed} | then)
     ready = _prepare(model, method, "prune", first)
-    between = out.absolute().with_name(out.name + ".pruned")
+    between = out.absolute().with_name(out.name + ".pruned.partial")
     resumed = resume and not between.exists() and _holds_both(out, ready.mark, then_method, then)
     if not resumed:
         _carry_out(ready, between, first)

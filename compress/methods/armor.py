@@ -96,6 +96,16 @@ def workspace(block: Block, config: Config) -> int:
     return 4 * (45 * max(W.numel() for W in block.weights.values()) + 4 * inputs**2)
 
 
+def seconds(config: Config, weights: int) -> float:
+    """What the optimisers take on one core, from the measurements behind docs/pruning.md."""
+    each = {
+        "fast": 8e-6 + 1.9e-7 * config.block,
+        "paper": config.iters * (2.3e-8 + 1.9e-10 * config.block),
+        "quality": 3.4e-5 + 1.9e-7 * config.block,
+    }  # fmt: skip
+    return weights * each[config.mode]
+
+
 def compress(
     block: Block, stats: Mapping[str, InputStats], config: Config, run: Runner | None, scale_dtype: torch.dtype
 ) -> Result:  # fmt: skip

@@ -146,8 +146,12 @@ def _seconds(method: ModuleType, config: Any, weights: int, tokens: int, size: i
     """From a matrix product measured now; a rough guide."""
     flops = _flops()
     rounding = weights * 4.5e-8
+    own = method.seconds(config, weights) if hasattr(method, "seconds") else rounding
     if not tokens:
-        return rounding + size / 3e8
+        return own + size / 3e8
+    if getattr(method, "VERB", "") == "prune":
+        walks = 1 + bool(getattr(config, "propagate", False)) + bool(getattr(config, "sequential", False)) + 4 * config.recover
+        return own + 2 * weights * tokens * walks / flops + size / 3e8
     if hasattr(method, "stages"):
         passes = 3 if getattr(config, "sequential", False) else 2
         return 12 * rounding + 2 * weights * tokens * (passes + 1) / flops + size / 3e8
