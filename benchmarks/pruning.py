@@ -41,7 +41,7 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "sparsegpt --recover 10": ("sparsegpt", {"recover": 10}),
     "sparsegpt --quality": ("sparsegpt", {"quality": True}),
     "armor --block 32": ("armor", {"block": 32}),
-    "armor --block 32 --recover 10": ("armor", {"block": 32, "propagate": True, "recover": 10}),
+    "armor --block 32 --restarts 3 --recover 10": ("armor", {"block": 32, "restarts": 3, "propagate": True, "recover": 10}),
     "armor": ("armor", {}),
     "armor --mode paper --iters 500": ("armor", {"mode": "paper", "iters": 500}),
     "armor --mode paper": ("armor", {"mode": "paper"}),

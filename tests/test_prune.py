@@ -501,7 +501,8 @@ def test_a_damaged_mask_is_named(pico: Callable[..., Path], tmp_path: Path, cli:
 # -- ARMOR -----------------------------------------------------------------------------------------------------------------
 
 ARMOR: list[dict[str, Any]] = [
-    {"pattern": "1:4", "block": 16}, {"mode": "paper", "iters": 20}, {"quality": True, "recover": 1, "block": 16},
+    {"pattern": "1:4", "block": 16, "restarts": 4}, {"mode": "paper", "iters": 20},
+    {"quality": True, "recover": 1, "block": 16, "restarts": 2},
 ]  # fmt: skip
 
 

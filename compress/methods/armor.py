@@ -14,6 +14,7 @@ r1 and r2 of the normalisation are folded into B and A. Served as y = A S B x.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +41,7 @@ class Config(_sparsity.Sparse):
     pattern: str = field(default="2:4", metadata={"help": "N:M of the core, N weights kept of every M inputs"})
     mode: str = field(default="fast", metadata={"help": "fast, paper, or quality (whole covariance; --quality chooses it)"})
     block: int = field(default=128, metadata={"help": "largest block of the wrappers; the largest divisor up to it is taken"})
+    restarts: int = field(default=16, metadata={"help": "of the core, at most, in modes fast and quality: fewer are faster"})
     iters: int = field(default=20_000, metadata={"help": "iterations of mode paper"})
     lr: float = field(default=1e-4, metadata={"help": "Adam's rate in mode paper"})
     draw_seed: int = field(default=0, metadata={"help": "of the groups that mode paper draws"})
@@ -56,10 +58,10 @@ class Config(_sparsity.Sparse):
             raise CompressError(f"--mode {self.mode!r} is unknown", hint=nearest(self.mode, list(MODES)), usage=True)
         if not self.pattern:
             raise CompressError("armor prunes to a pattern", hint="--pattern 2:4", usage=True)
-        if self.block < self.nm[1] or self.iters < 0 or not self.lr > 0 or not 0 <= self.damp <= 10:
+        if self.block < self.nm[1] or min(self.iters, self.restarts) < 0 or not self.lr > 0 or not 0 <= self.damp <= 10:
             raise CompressError(
-                f"--block {self.block}, --iters {self.iters}, --lr {self.lr} or --damp {self.damp} is out of range",
-                hint="128, 20000, 1e-4 and 0.01 are usual", usage=True,
+                f"--block {self.block}, --restarts {self.restarts}, --iters {self.iters}, --lr {self.lr} or --damp {self.damp} is out of range",
+                hint="128, 16, 20000, 1e-4 and 0.01 are usual", usage=True,
             )  # fmt: skip
 
     @property
@@ -136,7 +138,8 @@ def _linear(
     if config.mode == "quality":
         C = _armor_quality.damped(stats.hessian(), config.damp)
         plain = _armor_quality.nowag(W, C, *sizes)
-        found, _ = _armor_quality.quality(W, C, *sizes, damp=0.0)
+        plan = dataclasses.replace(_armor_quality.PLAN, restarts=min(config.restarts, _armor_quality.PLAN.restarts))
+        found, _ = _armor_quality.quality(W, C, *sizes, damp=0.0, plan=plan)
         r1, r2 = torch.ones_like(W[0]), torch.ones_like(W[:, 0])
 
         def measure(W_hat: torch.Tensor) -> float:
@@ -148,7 +151,7 @@ def _linear(
         if config.mode == "paper":
             found, _ = _armor.paper(bar.W, h, *sizes, iters=config.iters, lr=config.lr, seed=config.draw_seed)
         else:
-            found, _ = _armor_fast.fast(bar.W, h, *sizes)
+            found, _ = _armor_fast.fast(bar.W, h, *sizes, _armor_fast.Plan(restarts=config.restarts))
         r1, r2 = bar.r1, bar.r2
 
         def measure(W_hat: torch.Tensor) -> float:
