@@ -59,10 +59,8 @@ class Config(_sparsity.Sparse):
         if not self.pattern:
             raise CompressError("armor prunes to a pattern", hint="--pattern 2:4", usage=True)
         if self.block < self.nm[1] or min(self.iters, self.restarts) < 0 or not self.lr > 0 or not 0 <= self.damp <= 10:
-            raise CompressError(
-                f"--block {self.block}, --restarts {self.restarts}, --iters {self.iters}, --lr {self.lr} or --damp {self.damp} is out of range",
-                hint="128, 16, 20000, 1e-4 and 0.01 are usual", usage=True,
-            )  # fmt: skip
+            given = f"--block {self.block}, --restarts {self.restarts}, --iters {self.iters}, --lr {self.lr} or --damp {self.damp}"
+            raise CompressError(f"{given} is out of range", hint="128, 16, 20000, 1e-4 and 0.01 are usual", usage=True)
 
     @property
     def nm(self) -> tuple[int, int]:

@@ -118,12 +118,14 @@ def _data_bytes(
             statistics += 4 * inputs * min(tokens, inputs)
         elif Stat.GROUP_GRAM in want:
             statistics += 4 * inputs * (inputs if collect.group == -1 else collect.group)
-    kept = tokens * width * dtype.itemsize * (2 + len(collect.modules))
+    recovers = bool(getattr(config, "recover", 0))
+    kept = tokens * width * dtype.itemsize * (2 + 2 * recovers + len(collect.modules))
     kept = 0 if on_disk(states, tokens, width, dtype) else kept
     activations = batch_size * seqlen * max(max(s) for s in shapes.values()) * dtype.itemsize * 4
     scratch = method.workspace(block, config) if hasattr(method, "workspace") else 24 * largest
     rotated = 24 * largest if getattr(config, "rotate", False) else 0  # fp64 while a tensor is read
-    return statistics + kept + activations + elements * dtype.itemsize + max(scratch, rotated)
+    trained = 28 * elements if recovers else 0  # values, gradients, two moments, two copies, the weights that they make
+    return statistics + kept + activations + elements * dtype.itemsize + max(scratch, rotated, trained)
 
 
 def reverse_seconds(layout: Layout, tokens: int, widths: int) -> float:
