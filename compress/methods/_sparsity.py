@@ -28,12 +28,12 @@ class Sparse:
     pattern: str = field(default="", metadata={"help": "N:M, N weights kept of every M inputs, such as 2:4, in place of a share"})
 
     recover: int = field(default=0, metadata={"help": "epochs of training each block towards the dense one; masks stay"})
-    quality: bool = field(default=False, metadata={"help": "best mode: behind pruned blocks, stage by stage, --recover 20"})
+    quality: bool = field(default=False, metadata={"help": "best mode: behind pruned blocks, stage by stage, recovery"})
     recover_lr: float = field(default=0.02, metadata={"help": "its step, as a share of the weights' root mean square"})
 
     def __post_init__(self) -> None:
         if self.quality:
-            best = {"recover": self.recover or QUALITY_EPOCHS, "propagate": True, "sequential": True}
+            best = {"recover": self.recover or self.quality_epochs, "propagate": True, "sequential": True}
             for name, value in best.items():
                 if name in {f.name for f in dataclasses.fields(self)}:
                     object.__setattr__(self, name, value)
@@ -47,6 +47,11 @@ class Sparse:
                 raise CompressError("--pattern has a sparsity of its own", hint="drop --sparsity", usage=True)
         if not 0 <= self.share <= 1:
             raise CompressError(f"--sparsity {self.sparsity} is not in 0..1", hint="0.5 prunes half of the weights", usage=True)
+
+    @property
+    def quality_epochs(self) -> int:
+        """Epochs of recovery that `quality` turns on."""
+        return QUALITY_EPOCHS
 
     @property
     def share(self) -> float:

@@ -63,6 +63,11 @@ class Config(_sparsity.Sparse):
             raise CompressError(f"{given} is out of range", hint="128, 16, 20000, 1e-4 and 0.01 are usual", usage=True)
 
     @property
+    def quality_epochs(self) -> int:
+        """None: recovery after ARMOR raised SmolLM2's perplexity (docs/log.md)."""
+        return 0
+
+    @property
     def nm(self) -> tuple[int, int]:
         """(N, M) of the core."""
         n, m = parse_pattern(self.pattern)
