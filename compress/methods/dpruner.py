@@ -9,8 +9,8 @@ weights (the released code trains while it measures; `lr` is only a constant her
 The formula is the released code's intent (`code/src/lomo.py`); of its bugs and its loss scale nothing is kept.
 
 The released code has c1 = c3 = 1 and no general_weight. Measured on real models (docs/dpruner.md): W³ is a thousand times g W,
-which makes that magnitude pruning, and lambda's share of g' is 1e-10. So by default I is the domain's empirical Fisher information times
-W², per window, and G is added at the same scale. `compensate` is ours too. Training mode is not built.
+which makes that magnitude pruning, and lambda's share of g' is 1e-10. So by default I is the domain's empirical Fisher information
+times W², per window, and G is added at the same scale. `compensate` is ours too. Training mode is not built.
 """
 
 from __future__ import annotations
