@@ -22,6 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from jsonl import append
+
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = ROOT / "benchmarks" / "data" / "wikitext2-test-head.txt"
 CALIBRATION = ROOT / "compress" / "data" / "calibration.txt"
@@ -120,9 +122,7 @@ def main() -> None:
                     **job(),
                 }
                 rows.append(row)
-                RESULTS.mkdir(exist_ok=True)
-                with (RESULTS / f"compare_{args.method}.jsonl").open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                append(RESULTS / f"compare_{args.method}.jsonl", row)
                 print(
                     f"  {name:24s} W{bits}  {row['perplexity']:.2f}  {row['seconds']:.0f} s",
                     file=sys.stderr,

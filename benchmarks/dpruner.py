@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonl import append, load
 
 import compress
 from compress import calibration, fit
@@ -112,7 +113,7 @@ def perplexity(folder: Path, text: Path) -> float:
 
 def measure(name: str, job: Job, args: argparse.Namespace, domains: Mapping[str, tuple[Path, Path]]) -> None:
     """Append the rows of one job that are not there yet; a job that reads no domain text is made once."""
-    there = {(r["domain"], r["job"]) for r in load()}
+    there = {(r["domain"], r["job"]) for r in load(RESULTS)}
     missing = [d for d in domains if (d, name) not in there]
     groups = [[d] for d in missing] if job[1] != "general" else [missing] if missing else []
     for group in groups:
@@ -197,7 +198,7 @@ def ablation(args: argparse.Namespace, domain: str, files: tuple[Path, Path], wa
     if not (where / "reverse" / "block-00000.safetensors").exists():
         collect(args.model, args.general, files[0], where)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), calibration.load_tokenizer(args.model)
-    there = {(r["domain"], r["job"]) for r in load()}
+    there = {(r["domain"], r["job"]) for r in load(RESULTS)}
     if (domain, "terms") not in there:
         note({"model": args.model.name, "domain": domain, "job": "terms", "terms": terms(args.model, where)})
     for job in [j for j in wanted if (domain, j) not in there]:
@@ -215,8 +216,7 @@ def ablation(args: argparse.Namespace, domain: str, files: tuple[Path, Path], wa
 
 def note(row: dict[str, Any]) -> None:
     """Append a row."""
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append(RESULTS, row)
     print(*(round(v, 3) if isinstance(v, float) else v for v in row.values()), file=sys.stderr, flush=True)
 
 
@@ -240,11 +240,6 @@ def sizes(rows: list[dict[str, Any]]) -> str:
         for key, name in TERMS.items():
             lines.append(f"| {name}, {row['domain']} | " + " | ".join(f"{v:.1e}" for v in row["terms"][key]) + " |")
     return "\n".join(lines)
-
-
-def load() -> list[dict[str, Any]]:
-    """Every row measured so far."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
 def render(rows: list[dict[str, Any]], jobs: Mapping[str, Any]) -> str:
@@ -277,8 +272,8 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="only write the tables into docs/dpruner.md")
     args = parser.parse_args()
     if args.render:
-        page = write(write(PAGE.read_text(), "methods", render(load(), JOBS)), "terms", sizes(load()))
-        PAGE.write_text(write(page, "ablation", render(load(), MASKS)))
+        page = write(write(PAGE.read_text(), "methods", render(load(RESULTS), JOBS)), "terms", sizes(load(RESULTS)))
+        PAGE.write_text(write(page, "ablation", render(load(RESULTS), MASKS)))
         return
     wanted = [n.strip() for n in args.only.split(";")] if args.only else list(MASKS if args.ablation else JOBS)
     with tempfile.TemporaryDirectory() as folder:

@@ -11,11 +11,11 @@ benchmarks/results/gwq_ablation.jsonl; what is there already is not measured aga
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from jsonl import append, load
 from quality import ROOT, measure, setting
 
 RESULTS = ROOT / "benchmarks" / "results" / "gwq_ablation.jsonl"
@@ -37,10 +37,6 @@ JOBS: dict[str, dict[str, Any]] = {
     "groups of 96, plain scales": {"group_size": 96},
     "plain scales": {"second_level": "off"},
 }
-
-
-def load() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
 def render(rows: list[dict[str, Any]]) -> str:
@@ -66,16 +62,15 @@ def main() -> None:
     args = parser.parse_args()
     if args.render:
         before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{render(load())}\n{END}{rest.partition(END)[2]}")
+        PAGE.write_text(f"{before}{BEGIN}\n{render(load(RESULTS))}\n{END}{rest.partition(END)[2]}")
         return
     what = setting(args.stories, args.model)
     label = "stories15M" if args.stories else "SmolLM2-135M"
     for name in [n.strip() for n in args.only.split(";")] if args.only else list(JOBS):
-        if (label, name) in {(r["model"], r["job"]) for r in load()}:
+        if (label, name) in {(r["model"], r["job"]) for r in load(RESULTS)}:
             continue
         row = {"model": label, "job": name, **measure("gwq", 3, False, what, **{"group_size": 16, **JOBS[name]})}
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(RESULTS, row)
         print(f"{label} {name:28s} {row['perplexity']:9.3f} {row['bits_per_weight']:.3f} bits", file=sys.stderr, flush=True)
 
 

@@ -20,6 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from jsonl import append
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "memory.jsonl"
 JOB = """
@@ -76,10 +78,8 @@ def main() -> None:
         "gwq": (args.model, {"nsamples": 2, "seqlen": 128, "clip": False}),
     }
     rows = [run(jobs[method][0], method, **jobs[method][1]) for method in args.methods]
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
     for row in rows:
+        append(RESULTS, row)
         blocks = [b["rss_gb"] for b in row["blocks"]]
         size = "exact" if row["bytes"] == row["predicted_bytes"] else "WRONG"
         count = len({b["block"] for b in row["blocks"]})

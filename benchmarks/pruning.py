@@ -13,7 +13,6 @@ one run on a shared machine with OMP_NUM_THREADS threads: read them as orders of
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from compare_awq import CALIBRATION, TEXT, last_json
+from jsonl import append, load
 from quality import setting
 
 import compress
@@ -78,17 +78,11 @@ def dense(what: dict[str, Any]) -> dict[str, Any]:
 
 def note(label: str, name: str, shape: str, run: Callable[[], dict[str, Any]]) -> None:
     """Run a job that has no row yet, and append its row."""
-    if (label, name, shape) in {(r["model"], r["job"], r["shape"]) for r in load()}:
+    if (label, name, shape) in {(r["model"], r["job"], r["shape"]) for r in load(RESULTS)}:
         return
     row = {"model": label, "job": name, "shape": shape, **run()}
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append(RESULTS, row)
     print(f"{label} {name:32s} {shape:5s} {row['perplexity']:9.3f} {row.get('seconds', 0):6.0f} s", file=sys.stderr, flush=True)
-
-
-def load() -> list[dict[str, Any]]:
-    """Every row measured so far."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
 def main() -> None:
@@ -102,7 +96,7 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="only write docs/pruning.md from the results")
     args = parser.parse_args()
     if args.render:
-        PAGE.write_text(render(load()))
+        PAGE.write_text(render(load(RESULTS)))
         return
     what = setting(args.stories, args.model)
     label = "stories15M" if args.stories else "SmolLM2-135M"

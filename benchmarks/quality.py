@@ -13,7 +13,6 @@ kept) and mixed widths, which are compared by the bits that they really take.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from compare_awq import peer
+from jsonl import append, load
 
 import compress
 
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="only write docs/quality.md from the results")
     args = parser.parse_args()
     if args.render:
-        PAGE.write_text(render(load()))
+        PAGE.write_text(render(load(RESULTS)))
         return
     what = setting(args.stories, args.model)
     label = "stories15M" if args.stories else "SmolLM2-135M"
@@ -112,17 +112,11 @@ def theirs(args: argparse.Namespace, method: str, bits: int, group_size: int) ->
 
 def note(label: str, name: str, bits: int, symmetric: bool, what: dict[str, Any], run: Callable[[], dict[str, Any]]) -> None:
     """Run a job that has no row yet, and append its row."""
-    if (label, name, bits, symmetric) in {(r["model"], r["job"], r["bits"], r["symmetric"]) for r in load()}:
+    if (label, name, bits, symmetric) in {(r["model"], r["job"], r["bits"], r["symmetric"]) for r in load(RESULTS)}:
         return
     row = {"model": label, "job": name, "bits": bits, "symmetric": symmetric, "group_size": what["group_size"], **run()}
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append(RESULTS, row)
     print(f"{label} {name:24s} W{bits} {row['perplexity']:9.3f} {row['seconds']:6.0f} s", file=sys.stderr, flush=True)
-
-
-def load() -> list[dict[str, Any]]:
-    """Every row measured so far."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
 def render(rows: list[dict[str, Any]]) -> str:

@@ -165,8 +165,8 @@ def verify_deep(folder: Path, model: str | Path) -> list[str]:
     reader = CheckpointReader(folder)
     method = registry.load("methods", known["method"])
     rotation = method.transform(method.Config(**known["config"])) if hasattr(method, "transform") else None
-    pruned = unpacked.linears(origin) is not None
-    skeleton, view = rotate.open_model(origin, load_config(origin, compressed=pruned), rotation)
+    before = unpacked.read(origin)
+    skeleton, view = rotate.open_model(origin, load_config(origin, compressed=before is not None), rotation, known=before)
     for name, digest in source.hashes(origin, view.reader.files()).items():
         if known["source"]["files"].get(name, digest) != digest:
             raise CompressError(
@@ -180,7 +180,7 @@ def verify_deep(folder: Path, model: str | Path) -> list[str]:
         W = W.T.contiguous() if transposed else W
         meant = view.sparsity.get(name)
         if meant is not None and meant.wrapped is not None:  # the source is read as ARMOR's core, too
-            W_hat = registry.by_kind(entry["kind"]).pruned(_packed(reader, name, entry))
+            W_hat = registry.pruned(_packed(reader, name, entry))
         else:
             W_hat = unpack(reader, name, entry, transposed)
         error = _distance(W_hat, W, fit=any(name.endswith(f".{row}") for row in scaled))

@@ -75,7 +75,6 @@ class Job:
     format: str
     ignore: tuple[str, ...]
     widths: Widths
-    verb: str = "quantize"
     history: Mapping[str, Any] = field(default_factory=dict)  # of a pruned source, for the manifest
 
     def planned(self, choices: Choices) -> Job:
@@ -166,10 +165,10 @@ def prepare(model: str | Path, method: str, verb: str, ask: Asked) -> Job:
     config = make_config(module, ask.options)
     form = layout.pick(verb, ask.format)
     folder = source.resolve(model)
-    pruned = unpacked.linears(folder) is not None
-    hf_config = load_config(folder, ask.trust_remote_code, compressed=pruned)
+    known = unpacked.read(folder)
+    hf_config = load_config(folder, ask.trust_remote_code, compressed=known is not None)
     rotation = module.transform(config) if hasattr(module, "transform") else None
-    skeleton, view = rotate.open_model(folder, hf_config, rotation, ask.trust_remote_code, ask.keep_zeros)
+    skeleton, view = rotate.open_model(folder, hf_config, rotation, ask.trust_remote_code, ask.keep_zeros, known)
     if any(s.wrapped for s in view.sparsity.values()) and not (getattr(module, "CORES", False) and form != layout.DENSE):
         raise CompressError(
             f"{folder}: an armor artifact, of which only the cores can be quantized, by gptq, rsq --no-rotate or rtn, and packed",
@@ -190,10 +189,10 @@ def prepare(model: str | Path, method: str, verb: str, ask: Asked) -> Job:
         raise CompressError(f"--batch-size {ask.batch_size} is not a number of windows", hint="use 1 or more", usage=True)
     batch = ask.batch_size or max(1, _BATCH_TOKENS // (length or _BATCH_TOKENS))
     name = folder.resolve().name if Path(model).is_dir() else str(model).rsplit("/", 1)[-1]
-    history = unpacked.history(folder)
+    history = unpacked.history(known)
     job = Job(
         folder, history.pop("name", name), method.replace("-", "_").lower(), module, config, skeleton, view, plan, device,
-        torch.bfloat16 if half else torch.float32, batch, ask.nsamples, length, ask.max_shard_size, form, ask.ignore, widths, verb,
+        torch.bfloat16 if half else torch.float32, batch, ask.nsamples, length, ask.max_shard_size, form, ask.ignore, widths,
         history,
     )  # fmt: skip
     widths.check(plan)

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from compress_kernels import BackendError
 from torch import nn
 
 from compress import registry
@@ -116,5 +117,5 @@ def prepare(model: nn.Module, exact: bool) -> None:
             try:
                 module.prepare(exact)
             except ValueError as error:
-                hint = "use another value" if "COMPRESS_BACKEND" in str(error) else "the artifact is damaged: copy it again"
+                hint = "use another value" if isinstance(error, BackendError) else "the artifact is damaged: copy it again"
                 raise CompressError(f"{name}: {error}", hint=hint) from error

@@ -7,6 +7,7 @@ import functools
 import importlib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from compress.errors import CompressError, nearest
 
@@ -45,6 +46,12 @@ def load(package: str, name: str) -> ModuleType:
     if module not in known:
         raise CompressError(f"unknown {package.rstrip('s')} {name!r}", hint=nearest(module, known), usage=True)
     return importlib.import_module(f"compress.{package}.{module}")
+
+
+def pruned(packed: Any) -> Any:
+    """The weight (O, I), fp32, of a `types.Packed` whose zeros are meant: its core's where its format has one, else its own."""
+    form = by_kind(packed.kind)
+    return getattr(form, "pruned", form.dequantize)(packed)
 
 
 @functools.cache

@@ -146,6 +146,27 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 """
 
+# Stock transformers loads argv[1] and saves its logits of the token ids argv[3] (JSON) in argv[2]; argv[4]: of so many folders.
+STOCK_LOGITS = (
+    WITHOUT_US
+    + """
+import json
+import torch
+from transformers import AutoModelForCausalLM
+ids = torch.tensor(json.loads(sys.argv[3]))
+count = int(sys.argv[4]) if len(sys.argv) > 4 else None  # folders 0 … count - 1 of a folder
+for number in range(count or 1):
+    folder = sys.argv[1] if count is None else f"{sys.argv[1]}/{number}"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        first = model(ids).logits
+        again = model(ids).logits
+    assert torch.equal(first, again)
+    assert not [m for m in sys.modules if m.split(".")[0] in ("compress", "compress_kernels")]
+    torch.save(first, sys.argv[2].format(number))
+"""
+)
+
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file of a folder by relative name."""

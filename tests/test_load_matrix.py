@@ -9,31 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CALIBRATION, EXAMPLE, WITHOUT_US, Outcome, python
+from conftest import CALIBRATION, EXAMPLE, STOCK_LOGITS, Outcome, python
 
 import compress
 
-STOCK = WITHOUT_US + """
-import json
-import torch
-from transformers import AutoModelForCausalLM
-ids = torch.tensor(json.loads(sys.argv[3]))
-count = int(sys.argv[4]) if len(sys.argv) > 4 else None  # folders 0 … count - 1 of a folder
-for number in range(count or 1):
-    folder = sys.argv[1] if count is None else f"{sys.argv[1]}/{number}"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        first = model(ids).logits
-        again = model(ids).logits
-    assert torch.equal(first, again)
-    assert not [m for m in sys.modules if m.split(".")[0] in ("compress", "compress_kernels")]
-    torch.save(first, sys.argv[2].format(number))
-"""
 IDS = [[1, 9038, 2501, 263, 931, 727, 471, 263, 2217, 7826, 4257, 365]]
 
 
 def stock_logits(folder: Path, tmp_path: Path, ids: list[list[int]] = IDS) -> torch.Tensor:
-    done = python(STOCK, folder, tmp_path / "logits.pt", json.dumps(ids))
+    done = python(STOCK_LOGITS, folder, tmp_path / "logits.pt", json.dumps(ids))
     assert done.returncode == 0, done.stderr[-2000:]
     logits: torch.Tensor = torch.load(tmp_path / "logits.pt", weights_only=True)
     return logits
@@ -64,7 +48,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("matrix")
     for number, (method, bits, group, symmetric) in enumerate(CASES):
         compress.quantize(EXAMPLE, method, folder / str(number), **_options(method, bits, group, symmetric))
-    done = python(STOCK, folder, folder / "{}.pt", json.dumps(IDS), len(CASES))
+    done = python(STOCK_LOGITS, folder, folder / "{}.pt", json.dumps(IDS), len(CASES))
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
 
@@ -109,7 +93,7 @@ def test_what_stock_transformers_cannot_read_it_refuses(
 ) -> None:
     out = tmp_path / "out"
     compress.quantize(pico("gpt2"), "rtn", out, bits=4, group_size=32)
-    done = python(STOCK, out, tmp_path / "logits.pt", json.dumps([[5, 6]]))
+    done = python(STOCK_LOGITS, out, tmp_path / "logits.pt", json.dumps([[5, 6]]))
     assert done.returncode != 0
     assert "compress-int_grouped" in done.stderr
     assert "it refuses compress-int_grouped on purpose" in cli("inspect", out).out
@@ -118,7 +102,7 @@ def test_what_stock_transformers_cannot_read_it_refuses(
 def test_a_dense_gpt2_export_loads_in_stock_transformers(pico: Callable[..., Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     compress.quantize(pico("gpt2"), "rtn", out, bits=8, group_size=32, format="dense")
-    done = python(STOCK, out, tmp_path / "logits.pt", json.dumps([[5, 6, 7]]))
+    done = python(STOCK_LOGITS, out, tmp_path / "logits.pt", json.dumps([[5, 6, 7]]))
     assert done.returncode == 0, done.stderr[-2000:]
     dense = compress.load(pico("gpt2"), dtype=torch.float32)
     with torch.no_grad():

@@ -62,7 +62,8 @@ def measure(folder: Path, out: Path, method: str) -> dict[str, float]:
 @pytest.mark.parametrize("method", ["rtn", "awq", "gwq"])
 def test_depth_costs_no_memory_and_the_dry_run_foretells_it(method: str, wide: dict[int, Path], tmp_path: Path) -> None:
     shallow, deep = (measure(wide[blocks], tmp_path / str(blocks), method) for blocks in (2, 6))
-    assert deep["peak"] < 1.08 * shallow["peak"]  # four more blocks are 210 MB on disk and 420 MB in fp32
+    # four more blocks are 210 MB on disk and 420 MB in fp32; the heap's holes alone have been seen to make 83 MB
+    assert deep["peak"] - shallow["peak"] < 150e6
     for run in (shallow, deep):
         assert run["predicted"] == pytest.approx(run["peak"], rel=0.25)
         assert run["size"][0] == run["size"][1]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CALIBRATION, EXAMPLE, ROOT, VALID, WITHOUT_US, Outcome, python, tree
+from conftest import CALIBRATION, EXAMPLE, ROOT, STOCK_LOGITS, VALID, Outcome, python, tree
 
 import compress
 from compress.checkpoint import manifest
@@ -238,16 +238,7 @@ def logits(folder: Path) -> torch.Tensor:
         return model(torch.arange(24).view(1, 24)).logits
 
 
-STOCK = (
-    WITHOUT_US
-    + """
-import torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
-with torch.no_grad():
-    torch.save(model(torch.arange(24).view(1, 24)).logits, sys.argv[2])
-"""
-)
+IDS = json.dumps([list(range(24))])
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("magnitude", {}), ("magnitude", {"scope": "model"}), ("magnitude", {"scope": "row", "sparsity": 0.3}),
     ("wanda", {}), ("wanda", {"pattern": "4:8", "sequential": True}), ("wanda", {"scope": "model", "propagate": False}),
@@ -297,12 +288,12 @@ def test_a_dense_form_loads_stock_and_a_sparse_one_is_refused(pico: Callable[...
     source = pico("llama", torch.bfloat16)
     for form in ("sparse", "dense"):
         compress.prune(source, "magnitude", tmp_path / form, pattern="2:4", format=form)
-    done = python(STOCK, tmp_path / "dense", tmp_path / "logits.pt")
+    done = python(STOCK_LOGITS, tmp_path / "dense", tmp_path / "logits.pt", IDS)
     assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(tmp_path / "sparse"))
     for pattern, kind in (("2:4", "sparse24"), ("", "bitmask")):
         compress.prune(source, "magnitude", tmp_path / kind, pattern=pattern)
-        refused = python(STOCK, tmp_path / kind, tmp_path / "no.pt")
+        refused = python(STOCK_LOGITS, tmp_path / kind, tmp_path / "no.pt", IDS)
         assert refused.returncode != 0, kind
         assert not (tmp_path / "no.pt").exists()
 
@@ -528,7 +519,7 @@ def test_armor_never_ends_above_nowag_and_serves_what_it_stores(
     with torch.no_grad():
         ids = torch.arange(24).view(1, 24)
         assert torch.allclose(model(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
-    assert python(STOCK, tmp_path / "out", tmp_path / "no.pt").returncode != 0
+    assert python(STOCK_LOGITS, tmp_path / "out", tmp_path / "no.pt", IDS).returncode != 0
 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CALIBRATION, EXAMPLE, VALID, Outcome, python
-from test_load_matrix import IDS, STOCK, own_logits, stock_logits
+from conftest import CALIBRATION, EXAMPLE, STOCK_LOGITS, VALID, Outcome, python
+from test_load_matrix import IDS, own_logits, stock_logits
 
 import compress
 from compress.audit import verify, verify_deep
@@ -133,7 +133,7 @@ def test_asymmetric_mixed_widths_are_refused_by_stock_transformers_which_would_r
     from transformers import AutoModelForCausalLM
 
     compress.quantize(EXAMPLE, "rtn", tmp_path / "out", group_size=32, layer_config=RULES)
-    done = python(STOCK, tmp_path / "out", tmp_path / "logits.pt", json.dumps(IDS))
+    done = python(STOCK_LOGITS, tmp_path / "out", tmp_path / "logits.pt", json.dumps(IDS))
     assert done.returncode != 0
     assert "compress-int_grouped" in done.stderr
     compress.register()

@@ -16,28 +16,28 @@ from compress.errors import CompressError
 from compress.types import Packed, Sparsity, Wrappers
 
 
-def linears(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """The manifest's linears where a folder is an artifact whose weights are all still 16 or 32 bits wide; else None."""
+def read(folder: Path) -> dict[str, Any] | None:
+    """The manifest where a folder is an artifact whose weights are all still 16 or 32 bits wide; else None."""
     if not (folder / manifest.FILE).is_file():
         return None
-    known: dict[str, dict[str, Any]] = manifest.read(folder)["linears"]
-    return None if any("bits" in entry["params"] and entry["kind"] != "dense" for entry in known.values()) else known
-
-
-def history(folder: Path) -> dict[str, Any]:
-    """What the manifest of an artifact made from a pruned one repeats: the model's name and size, and how it was pruned."""
-    if not sparsity(linears(folder) or {}):
-        return {}
     known = manifest.read(folder)
+    narrow = any("bits" in entry["params"] and entry["kind"] != "dense" for entry in known["linears"].values())
+    return None if narrow else known
+
+
+def history(known: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the manifest of an artifact made from a pruned one repeats: the model's name and size, and how it was pruned."""
+    if known is None or not sparsity(known):
+        return {}
     origin = known["source"]
     pruned = {key: known[key] for key in ("job", "method", "config")}
     return {"name": origin["name"], "weight_bytes": origin.get("weight_bytes"), "pruned": pruned}
 
 
-def sparsity(known: Mapping[str, Mapping[str, Any]]) -> dict[str, Sparsity]:
-    """What the manifest says about the zeros of each linear."""
+def sparsity(known: Mapping[str, Any] | None) -> dict[str, Sparsity]:
+    """What a manifest says about the zeros of each linear."""
     found = {}
-    for name, entry in known.items():
+    for name, entry in (known["linears"] if known is not None else {}).items():
         params = entry["params"]
         wrapped = (params["b_in"], params["b_out"]) if "b_in" in params else None
         if "mask_sha256" in entry and not (wrapped and entry["kind"] == "dense"):  # a product with wrappers has no zeros
@@ -52,12 +52,12 @@ class UnpackedReader(CheckpointReader):
     `transposed` names the weights that the model keeps as (I, O).
     """
 
-    def __init__(self, folder: str | Path, known: Mapping[str, Mapping[str, Any]], transposed: Collection[str] = ()) -> None:
+    def __init__(self, folder: str | Path, known: Mapping[str, Any], transposed: Collection[str] = ()) -> None:
         super().__init__(folder)
         self._stored = dict(self.entries)
         self._transposed = transposed
-        self._known = known
-        for linear, entry in known.items():
+        self._known: Mapping[str, Mapping[str, Any]] = known["linears"]
+        for linear, entry in self._known.items():
             if entry["kind"] != "dense":
                 self._stand_in(linear, entry)
 
@@ -85,8 +85,7 @@ class UnpackedReader(CheckpointReader):
         problems = module.problems(packed) if hasattr(module, "problems") else []
         if problems:
             raise CompressError(f"{linear}: {problems[0]}", hint="the artifact is damaged: copy it again")
-        whole = module.pruned if hasattr(module, "pruned") else module.dequantize
-        W: torch.Tensor = whole(packed).to(dtypes.TORCH[entry.dtype])
+        W: torch.Tensor = registry.pruned(packed).to(dtypes.TORCH[entry.dtype])
         return W.T.contiguous() if name in self._transposed else W
 
     def wrappers(self, linear: str) -> Wrappers:

@@ -26,6 +26,7 @@ from compress.types import Packed, TensorSpec, Trainable
 KIND = "armor"
 VERSION = 1
 
+wrap = reference.wrap  # A S B (O, I) of a core (O, I), pre and post; differentiable
 value_dtype = int_grouped_outliers.value_dtype
 bits_per_weight = int_grouped.bits_per_weight
 
@@ -72,11 +73,14 @@ def dequantize(packed: Packed) -> torch.Tensor:
     return reference.dequantize(packed.tensors, packed.params, packed.shape)
 
 
-def wrap(S: torch.Tensor, pre: torch.Tensor, post: torch.Tensor) -> torch.Tensor:
-    """A S B (O, I) of a core S (O, I); differentiable."""
-    O, I = S.shape
-    left = (post @ S.view(len(post), -1, I)).view(O, len(pre), -1)
-    return torch.einsum("okb,kbc->okc", left, pre).reshape(O, I)
+def from_int_grouped(packed: Packed, params: Mapping[str, Any], pre: torch.Tensor, post: torch.Tensor) -> Packed:
+    """A quantized core, as `int_grouped`, between wrappers as they were."""
+    return pack(sparse24_int.from_int_grouped(packed, params), pre, post)
+
+
+def to_int_grouped(packed: Packed) -> Packed:
+    """The core of such a weight again."""
+    return sparse24_int.to_int_grouped(unpack(packed)[0])
 
 
 def pruned(packed: Packed) -> torch.Tensor:

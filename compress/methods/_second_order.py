@@ -10,10 +10,13 @@ import torch
 
 from compress.errors import CompressError, nearest
 from compress.methods import _solvers
+from compress.methods._inputs import per_input, readers, stages
 from compress.methods._pack import pack_codes
 from compress.methods._quantizer import Grid, check_grid, check_groups
 from compress.stats import InputStats
 from compress.types import Block, Collect, Packed, Result, Runner, Stat
+
+__all__ = ["SecondOrder", "alike", "collects", "compress", "seen_by_core", "stages", "workspace"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,28 +50,18 @@ class SecondOrder:
         return {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
 
 
-def stages(block: Block, config: SecondOrder) -> tuple[tuple[str, ...], ...]:
-    """Linears that read the same input, in the order of use; one stage of all of them without `sequential`."""
-    if not config.sequential:
-        return (tuple(block.weights),)
-    groups = (tuple(n for n in group if n in block.weights) for group in block.groups)
-    return tuple(group for group in groups if group)
-
-
 def collects(block: Block, config: Any) -> Collect:
     """One Hessian per input."""
-    return Collect({group[0]: Stat.GRAM for group in block.groups if any(n in block.weights for n in group)})
+    return per_input(block, Stat.GRAM)
 
 
 def workspace(block: Block, config: SecondOrder) -> int:
     """Bytes that `compress` needs for its largest group of linears: copies of the Hessian, and of the rows solved at a time."""
     most = 0
-    for group in block.groups:
-        shapes = [block.weights[n].shape for n in group if n in block.weights]
-        if shapes:
-            rows, inputs = sum(s[0] for s in shapes), shapes[0][1]
-            chunk = min(rows, max(_solvers.LEAST_ROWS, _solvers.CHUNK // inputs))
-            most = max(most, 4 * inputs * (4 * inputs + 2 * rows + 6 * chunk))
+    for names in readers(block):
+        rows, inputs = sum(block.weights[n].shape[0] for n in names), block.weights[names[0]].shape[1]
+        chunk = min(rows, max(_solvers.LEAST_ROWS, _solvers.CHUNK // inputs))
+        most = max(most, 4 * inputs * (4 * inputs + 2 * rows + 6 * chunk))
     return most
 
 
@@ -82,8 +75,8 @@ def compress(
     packed: dict[str, Packed] = {}
     errors: dict[str, float] = {}
     record: list[dict[str, Any]] = []
-    for group in block.groups:
-        for own, sparse, names in alike(block, group, grid):
+    for together in readers(block):
+        for own, sparse, names in alike(block, together, grid):
             W = torch.cat([block.weights[n].float() for n in names])
             H = stats[names[0]].hessian()
             if names[0] in block.wrappers:
@@ -100,13 +93,12 @@ def compress(
     return Result(packed, {}, errors, {"hessian": record})
 
 
-def alike(block: Block, group: tuple[str, ...], grid: Grid) -> list[tuple[Grid, bool, list[str]]]:
-    """The linears of a group that can be solved as one: by their grid, and by whether their zeros must stay."""
+def alike(block: Block, together: list[str], grid: Grid) -> list[tuple[Grid, bool, list[str]]]:
+    """The linears that share an input and can be solved as one: by their grid, and by whether their zeros must stay."""
     found: dict[tuple[Grid, bool, str], list[str]] = {}
-    for n in group:
-        if n in block.weights:
-            own = n if n in block.wrappers else ""  # a core's inputs are its own
-            found.setdefault((grid.at(block.params.get(n)), n in block.sparse, own), []).append(n)
+    for n in together:
+        own = n if n in block.wrappers else ""  # a core's inputs are its own
+        found.setdefault((grid.at(block.params.get(n)), n in block.sparse, own), []).append(n)
     return [(own, sparse, names) for (own, sparse, _), names in found.items()]
 
 

@@ -9,12 +9,16 @@ saliencies of each block of 128 columns; N:M: the lowest of each group when the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from compress.methods._inputs import readers
 from compress.methods._masks import keep_highest, keep_n_of_m, zeros
-from compress.methods._solvers import Factor
+from compress.methods._solvers import Factor, factorize
+from compress.stats import InputStats
+from compress.types import Block
 
 BLOCK = 128  # columns whose mask is chosen together (the paper's B_s), and whose updates wait for each other
 
@@ -31,9 +35,9 @@ class Pruned:
 
 def sparsify(
     W: torch.Tensor, factor: Factor, *, share: float = 0.5, nm: tuple[int, int] | None = None, scope: str = "matrix",
-    nnz: int | None = None, mask: torch.Tensor | None = None, keep_saliency: bool = False,
+    mask: torch.Tensor | None = None, keep_saliency: bool = False,
 ) -> Pruned:  # fmt: skip
-    """Prune W (O, I) fp32 to `share` zeros, to `nnz` weights, to an N:M pattern, or to a given `mask`; `factor` unordered."""
+    """Prune W (O, I) fp32 to `share` zeros, to an N:M pattern, or to a given `mask`; `factor` unordered."""
     O, I = W.shape
     assert factor.order is None, "columns are pruned in order"
     V = W.masked_fill(factor.dead, 0.0).T.contiguous()
@@ -49,7 +53,7 @@ def sparsify(
         if saliency is not None:
             saliency[start:end] = block.square() / diagonal[start:end].square().unsqueeze(1)
         if mask is None and nm is None:
-            kept[start:end] = _chosen(block, diagonal[start:end], start, end, W.shape, share, scope, nnz)
+            kept[start:end] = _chosen(block, diagonal[start:end], start, end, W.shape[0], share, scope)
         E = torch.empty_like(block)
         for c in range(start, end):
             if mask is None and nm is not None and c % nm[1] == 0:
@@ -65,15 +69,18 @@ def sparsify(
     return Pruned(V.T.contiguous(), kept.T.contiguous(), loss, None if saliency is None else saliency.T.contiguous())
 
 
+def factors(block: Block, stats: Mapping[str, InputStats], damp: float) -> Iterator[tuple[list[str], Factor]]:
+    """Linears that share an input, and the factor of its Hessian."""
+    for names in readers(block):
+        yield names, factorize(stats[names[0]].hessian(), damp, "off", -1, names[0])
+
+
 def _chosen(
-    block: torch.Tensor, diagonal: torch.Tensor, start: int, end: int, shape: tuple[int, ...], share: float, scope: str,
-    nnz: int | None,
-) -> torch.Tensor:  # fmt: skip
+    block: torch.Tensor, diagonal: torch.Tensor, start: int, end: int, rows: int, share: float, scope: str
+) -> torch.Tensor:
     """Mask (C, O) of the columns start..end; counts are differences of the running rule, so that the matrix's is exact."""
-    O, I = shape
     e = (block.square() / diagonal.square().unsqueeze(1)).T.contiguous()
     if scope == "row":
         return keep_highest(e, zeros(share, end) - zeros(share, start)).T
-    rate = share if nnz is None else (O * I - nnz) / (O * I)
-    gone = zeros(rate, O * end) - zeros(rate, O * start)
+    gone = zeros(share, rows * end) - zeros(share, rows * start)
     return keep_highest(e.view(1, -1), gone).view(e.shape).T

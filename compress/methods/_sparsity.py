@@ -13,8 +13,10 @@ from compress.errors import CompressError, nearest
 from compress.formats import bitmask, sparse24
 from compress.methods._masks import keep_highest, keep_n_of_m, parse_pattern, zeros
 from compress.methods._pack import relative_error
-from compress.types import Block, Collect, Packed, Stat
+from compress.types import Block, Packed, Result
 
+Score = Callable[[str, torch.Tensor], torch.Tensor]  # (linear, its weight (O, I) fp32) -> scores (O, I)
+HISTOGRAM = "histogram:"  # prefix of what a survey keeps
 SCOPES = ("row", "matrix", "model")
 QUALITY_EPOCHS = 20
 BINS = 1 << 16  # of scores, by the upper 16 bits of their fp32 form: 1/128 of a score at most
@@ -26,7 +28,6 @@ class Sparse:
 
     sparsity: float | None = field(default=None, metadata={"help": "share of zeros in the linears; default 0.5"})
     pattern: str = field(default="", metadata={"help": "N:M, N weights kept of every M inputs, such as 2:4, in place of a share"})
-
     recover: int = field(default=0, metadata={"help": "epochs of training each block towards the dense one; masks stay"})
     quality: bool = field(default=False, metadata={"help": "best mode: behind pruned blocks, stage by stage, recovery"})
     recover_lr: float = field(default=0.02, metadata={"help": "its step, as a share of the weights' root mean square"})
@@ -146,35 +147,42 @@ def share_out(blocks: list[dict[str, torch.Tensor]], share: float) -> list[dict[
     return out
 
 
-def share_out_results(
-    results: Callable[[], Iterator[Mapping[str, torch.Tensor]]], config: Any
-) -> list[dict[str, dict[str, int]]]:
-    """`share_out` of the histograms that a survey kept; nothing where counts are not the model's."""
-    if config.scope != "model":
+def surveys(config: Any) -> bool:
+    """One threshold for the model needs the histogram of all scores first; they are the dense model's."""
+    return bool(config.scope == "model")
+
+
+def histograms(block: Block, score: Score) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What such a survey keeps of a block: its scores' histograms; later blocks see dense ones."""
+    return {f"{HISTOGRAM}{n}": histogram(score(n, W.float())) for n, W in block.weights.items()}, {}
+
+
+def settle(results: Callable[[], Iterator[Mapping[str, torch.Tensor]]], config: Any) -> list[dict[str, dict[str, int]]]:
+    """How many weights each linear keeps, from the histograms kept; nothing where counts are not the model's."""
+    if not surveys(config):
         return []
-    key = "histogram:"
-    return share_out([{n.removeprefix(key): h for n, h in found.items() if n.startswith(key)} for found in results()], config.share)
+    kept = [{n.removeprefix(HISTOGRAM): h for n, h in found.items() if n.startswith(HISTOGRAM)} for found in results()]
+    return share_out(kept, config.share)
 
 
-def stages(block: Block, sequential: bool) -> tuple[tuple[str, ...], ...]:
-    """All linears at once, or those that read the same input one group after the other."""
-    if not sequential:
-        return (tuple(block.weights),)
-    groups = (tuple(n for n in group if n in block.weights) for group in block.groups)
-    return tuple(group for group in groups if group)
-
-
-def collects(block: Block, what: Stat) -> Collect:
-    """One statistic per input."""
-    return Collect({group[0]: what for group in block.groups if any(n in block.weights for n in group)})
+def masked(
+    block: Block, score: Score, config: Any, dtype: torch.dtype,
+    note: Callable[[str, torch.Tensor, torch.Tensor], None] | None = None,
+) -> Result:  # fmt: skip
+    """Every linear of the block without its weights of least score; what stays is unchanged. `note` sees (name, scores, mask)."""
+    packed: dict[str, Packed] = {}
+    errors: dict[str, float] = {}
+    for name, weight in block.weights.items():
+        W = weight.float()
+        found = score(name, W)
+        mask = select(found, config, block.params[name])
+        packed[name], errors[name] = pack(W, W * mask, mask, config, dtype, name)
+        if note is not None:
+            note(name, found, mask)
+    return Result(packed, errors=errors)
 
 
 def check_walk(sequential: bool, propagate: bool) -> None:
     """Refuse stages that see dense blocks."""
     if sequential and not propagate:
         raise CompressError("--sequential needs pruned blocks to go on from", hint="drop --no-propagate", usage=True)
-
-
-def weights(block: Block) -> Iterator[tuple[str, torch.Tensor]]:
-    """The block's linears in fp32, one at a time."""
-    return ((name, W.float()) for name, W in block.weights.items())

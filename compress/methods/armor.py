@@ -24,6 +24,7 @@ import torch
 from compress.errors import CompressError, nearest
 from compress.formats import armor, sparse24
 from compress.methods import _armor, _armor_fast, _armor_quality, _sparsity
+from compress.methods._inputs import per_input, stages
 from compress.methods._masks import normalise, parse_pattern
 from compress.methods._pack import relative_error
 from compress.stats import InputStats
@@ -31,6 +32,7 @@ from compress.types import Block, Collect, Packed, Result, Runner, Stat
 
 VERB = "prune"
 CALIBRATED = True
+__all__ = ["CALIBRATED", "VERB", "Config", "collects", "compress", "seconds", "stages", "workspace"]
 MODES = ("fast", "paper", "quality")
 
 
@@ -85,14 +87,9 @@ class Config(_sparsity.Sparse):
         return {"n": n, "m": m, "b_in": b_in, "b_out": b_out}
 
 
-def stages(block: Block, config: Config) -> tuple[tuple[str, ...], ...]:
-    """All at once, or the linears that read the same input one group after the other."""
-    return _sparsity.stages(block, config.sequential)
-
-
 def collects(block: Block, config: Config) -> Collect:
     """One energy, or one covariance, per input."""
-    return _sparsity.collects(block, Stat.GRAM if config.mode == "quality" else Stat.ENERGY)
+    return per_input(block, Stat.GRAM if config.mode == "quality" else Stat.ENERGY)
 
 
 def workspace(block: Block, config: Config) -> int:
@@ -118,7 +115,8 @@ def compress(
     packed: dict[str, Packed] = {}
     errors: dict[str, float] = {}
     record = []
-    for name, W in _sparsity.weights(block):
+    for name, weight in block.weights.items():
+        W = weight.float()
         packed[name], facts = _linear(W, stats[name], block.params[name], config, scale_dtype, name)
         errors[name] = relative_error(W, armor.dequantize(packed[name]))
         record.append({"linear": name, **{k: float(f"{v:.6g}") for k, v in facts.items()}})
@@ -144,10 +142,11 @@ def _linear(
         plan = dataclasses.replace(_armor_quality.PLAN, restarts=min(config.restarts, _armor_quality.PLAN.restarts))
         found, _ = _armor_quality.quality(W, C, *sizes, damp=0.0, plan=plan)
         r1, r2 = torch.ones_like(W[0]), torch.ones_like(W[:, 0])
+        total = ((W @ C) * W).sum(dtype=torch.float64).clamp(min=1e-30)
 
         def measure(W_hat: torch.Tensor) -> float:
             E = W_hat - W
-            return float(((E @ C) * E).sum(dtype=torch.float64) / ((W @ C) * W).sum(dtype=torch.float64).clamp(min=1e-30))
+            return float(((E @ C) * E).sum(dtype=torch.float64) / total)
     else:
         h, bar = _energy(stats), normalise(W)
         plain = _armor.start(bar.W, h, *sizes)
@@ -156,10 +155,11 @@ def _linear(
         else:
             found, _ = _armor_fast.fast(bar.W, h, *sizes, _armor_fast.Plan(restarts=config.restarts))
         r1, r2 = bar.r1, bar.r2
+        total = (bar.W.square() * h).sum(dtype=torch.float64).clamp(min=1e-30)
 
         def measure(W_hat: torch.Tensor) -> float:
             E = (W_hat - W) / r1 / r2.unsqueeze(1)
-            return float((E.square() * h).sum(dtype=torch.float64) / (bar.W.square() * h).sum(dtype=torch.float64).clamp(min=1e-30))
+            return float((E.square() * h).sum(dtype=torch.float64) / total)
 
     ones = _armor.Factors(torch.eye(b_out).expand_as(found.A), torch.eye(b_in).expand_as(found.B), W * plain.mask, plain.mask)
     base = _pack(ones, torch.ones_like(r1), torch.ones_like(r2), n, m, dtype, name)

@@ -15,21 +15,27 @@ times W², per window, and G is added at the same scale. `compensate` is ours to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from compress.errors import CompressError, nearest
-from compress.methods import _solvers, _sparse_solver, _sparsity
+from compress.methods import _sparse_solver, _sparsity
+from compress.methods._inputs import per_input, readers
 from compress.methods._masks import keep_highest, zeros
+from compress.methods._sparsity import settle
 from compress.stats import InputStats
 from compress.types import Block, Collect, Packed, Reducer, Result, Runner, Stat
 
 VERB = "prune"
 CALIBRATED = True
 DOMAIN = True
+__all__ = [
+    "CALIBRATED", "DOMAIN", "VERB", "Config", "collects", "compress", "observes", "reducer", "settle", "survey", "survey_collects",
+    "surveys", "workspace",
+]  # fmt: skip
 BLOCKS = 32  # column blocks of a matrix in iterative blocking, where no width is given (`code/save_model_iterative.py`)
 
 
@@ -99,7 +105,7 @@ def surveys(config: Config) -> bool:
 
 def survey_collects(block: Block, config: Config) -> Collect:
     """One Hessian per input."""
-    return _sparsity.collects(block, Stat.GRAM)
+    return per_input(block, Stat.GRAM)
 
 
 def survey(
@@ -108,8 +114,7 @@ def survey(
     """G (O, I) fp32 of every linear, and the weights as SparseGPT prunes them, for the blocks after this one."""
     kept: dict[str, torch.Tensor] = {}
     seen: dict[str, torch.Tensor] = {}
-    for names, factor in _factors(block, stats, config):
-        assert factor is not None
+    for names, factor in _sparse_solver.factors(block, stats, config.damp):
         for name in names:
             W = block.weights[name].float()
             done = _sparse_solver.sparsify(W, factor, share=config.share, nm=config.nm, keep_saliency=True)
@@ -117,16 +122,6 @@ def survey(
             kept[f"general:{name}"] = done.saliency
             seen[name] = done.W.to(dtype)
     return kept, seen
-
-
-def _factors(
-    block: Block, stats: Mapping[str, InputStats], config: Config
-) -> Iterator[tuple[list[str], _solvers.Factor | None]]:  # fmt: skip
-    """Linears that share an input, and its Hessian's factor; None where no text was looked at."""
-    for group in block.groups:
-        names = [n for n in group if n in block.weights]
-        if names:
-            yield names, _solvers.factorize(stats[names[0]].hessian(), config.damp, "off", -1, names[0]) if stats else None
 
 
 # -- step 2: what the domain's loss minds ----------------------------------------------------------------------------------
@@ -203,7 +198,7 @@ class Important:
                 raise CompressError(f"{name}: its importance overflows", hint="use smaller --c2, --c3 or --lam")
             out[f"score:{name}"] = score
             if config.scope == "model":
-                out[f"histogram:{name}"] = _sparsity.histogram(score).cpu()
+                out[f"{_sparsity.HISTOGRAM}{name}"] = _sparsity.histogram(score).cpu()
         return out
 
 
@@ -213,11 +208,6 @@ def reducer(block: Block, config: Config) -> Reducer | None:
 
 
 # -- step 3: what goes -----------------------------------------------------------------------------------------------------
-
-
-def settle(results: Callable[[], Iterator[Mapping[str, torch.Tensor]]], config: Config) -> list[dict[str, dict[str, int]]]:
-    """How many weights each linear keeps, where one threshold is the model's."""
-    return _sparsity.share_out_results(results, config)
 
 
 def observes(config: Config) -> bool:
@@ -258,7 +248,8 @@ def compress(
     """Take the weights of least score out of every linear of the block."""
     packed: dict[str, Packed] = {}
     errors: dict[str, float] = {}
-    for names, factor in _factors(block, stats, config):
+    solved = _sparse_solver.factors(block, stats, config.damp) if stats else ((names, None) for names in readers(block))
+    for names, factor in solved:
         for name in names:
             W = block.weights[name].float()
             mask = _mask(block.gradient[f"score:{name}"].to(W.device), config, block.params[name])

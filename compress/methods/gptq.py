@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from compress.methods._second_order import SecondOrder, collects, compress, stages, workspace
 
 CALIBRATED = True
-CORES = True  # quantizes ARMOR\'s cores
+CORES = True  # quantizes ARMOR's cores
 __all__ = ["CALIBRATED", "CORES", "Config", "collects", "compress", "stages", "workspace"]
 
 

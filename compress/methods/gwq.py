@@ -22,9 +22,9 @@ import torch
 from compress.errors import CompressError, nearest
 from compress.formats import int_grouped, int_grouped_outliers
 from compress.methods import _outliers, _second_order, _solvers
+from compress.methods._inputs import readers, stages
 from compress.methods._pack import pack_codes
 from compress.methods._quantizer import Grid, check_grid, check_groups, encode, fake
-from compress.methods._second_order import stages
 from compress.stats import InputStats
 from compress.types import Block, Collect, Packed, Reducer, Result, Runner
 
@@ -262,10 +262,9 @@ def compress(
     packed: dict[str, Packed] = {}
     errors: dict[str, float] = {}
     record: list[dict[str, Any]] = []
-    for group in block.groups:
-        names = [n for n in group if n in block.weights]
+    for names in readers(block):
         H, factor = None, None
-        if names and observes(config):
+        if observes(config):
             H = stats[names[0]].hessian()
             order = "static" if config.quality else "off"
             factor = _solvers.factorize(H.clone(), config.damp, order, grid.group_size, names[0])

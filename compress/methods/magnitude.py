@@ -8,17 +8,19 @@ again where weights are equal (bf16 has many equal ones).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from compress.methods import _sparsity
-from compress.types import Block, Collect, Packed, Result, Runner
+from compress.methods._sparsity import settle, surveys
+from compress.types import Block, Collect, Result, Runner
 
 VERB = "prune"
 CALIBRATED = False
+__all__ = ["CALIBRATED", "VERB", "Config", "collects", "compress", "observes", "settle", "survey", "surveys"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,28 +49,17 @@ def observes(config: Config) -> bool:
     return config.recover > 0
 
 
-def surveys(config: Config) -> bool:
-    """One threshold for the model needs all weights' histogram first."""
-    return config.scope == "model"
-
-
 def survey(
     block: Block, stats: Mapping[str, Any], config: Config, dtype: torch.dtype
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Histograms of the block's scores."""
-    return {f"histogram:{n}": _sparsity.histogram(W.float().abs()) for n, W in block.weights.items()}, {}
+    return _sparsity.histograms(block, _score)
 
 
-def settle(results: Callable[[], Iterator[Mapping[str, torch.Tensor]]], config: Config) -> list[dict[str, dict[str, int]]]:
-    """How many weights each linear keeps."""
-    return _sparsity.share_out_results(results, config)
+def _score(name: str, W: torch.Tensor) -> torch.Tensor:
+    return W.abs()
 
 
 def compress(block: Block, stats: Mapping[str, Any], config: Config, run: Runner | None, scale_dtype: torch.dtype) -> Result:
     """Prune every linear of the block."""
-    packed: dict[str, Packed] = {}
-    errors: dict[str, float] = {}
-    for name, W in _sparsity.weights(block):
-        mask = _sparsity.select(W.abs(), config, block.params[name])
-        packed[name], errors[name] = _sparsity.pack(W, W * mask, mask, config, scale_dtype, name)
-    return Result(packed, errors=errors)
+    return _sparsity.masked(block, _score, config, scale_dtype)

@@ -8,18 +8,22 @@ The manifest holds every linear's proxy loss, relative to that of an all-zero we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from compress.methods import _sparsity
+from compress.methods._inputs import per_input
 from compress.methods._masks import normalise
+from compress.methods._sparsity import settle, surveys
 from compress.stats import InputStats
-from compress.types import Block, Collect, Packed, Result, Runner, Stat
+from compress.types import Block, Collect, Result, Runner, Stat
 
 VERB = "prune"
 CALIBRATED = True
+__all__ = ["CALIBRATED", "VERB", "Config", "collects", "compress", "settle", "survey", "survey_collects", "surveys"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,44 +40,32 @@ class Config(_sparsity.Sparse):
 
 def collects(block: Block, config: Config) -> Collect:
     """One energy per input."""
-    return _sparsity.collects(block, Stat.ENERGY)
-
-
-def _score(W: torch.Tensor, stats: InputStats) -> torch.Tensor:
-    return normalise(W).W.square_() * stats.energy()
-
-
-def surveys(config: Config) -> bool:
-    """One threshold for the model needs all scores' histogram first."""
-    return config.scope == "model"
+    return per_input(block, Stat.ENERGY)
 
 
 survey_collects = collects
+
+
+def _score(stats: Mapping[str, InputStats]) -> _sparsity.Score:
+    return lambda name, W: normalise(W).W.square_() * stats[name].energy()
 
 
 def survey(
     block: Block, stats: Mapping[str, InputStats], config: Config, dtype: torch.dtype
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Histograms of the block's scores."""
-    return {f"histogram:{n}": _sparsity.histogram(_score(W.float(), stats[n])) for n, W in block.weights.items()}, {}
-
-
-def settle(results: Callable[[], Iterator[Mapping[str, torch.Tensor]]], config: Config) -> list[dict[str, dict[str, int]]]:
-    """How many weights each linear keeps."""
-    return _sparsity.share_out_results(results, config)
+    return _sparsity.histograms(block, _score(stats))
 
 
 def compress(
     block: Block, stats: Mapping[str, InputStats], config: Config, run: Runner | None, scale_dtype: torch.dtype
 ) -> Result:  # fmt: skip
     """Prune every linear of the block."""
-    packed: dict[str, Packed] = {}
-    errors: dict[str, float] = {}
-    record = []
-    for name, W in _sparsity.weights(block):
-        score = _score(W, stats[name])
-        mask = _sparsity.select(score, config, block.params[name])
-        packed[name], errors[name] = _sparsity.pack(W, W * mask, mask, config, scale_dtype, name)
+    record: list[dict[str, Any]] = []
+
+    def note(name: str, score: torch.Tensor, mask: torch.Tensor) -> None:
         lost = float((score * ~mask).sum(dtype=torch.float64) / score.sum(dtype=torch.float64).clamp(min=1e-30))
         record.append({"linear": name, "proxy_loss": float(f"{lost:.6g}")})
-    return Result(packed, errors=errors, record={"nowag": record})
+
+    result = _sparsity.masked(block, _score(stats), config, scale_dtype, note)
+    return replace(result, record={"nowag": record})

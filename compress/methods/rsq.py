@@ -20,7 +20,7 @@ from compress.methods._second_order import SecondOrder, collects, compress, stag
 from compress.types import Rotate, TokenView
 
 CALIBRATED = True
-CORES = True  # quantizes ARMOR\'s cores
+CORES = True  # quantizes ARMOR's cores
 __all__ = ["CALIBRATED", "CORES", "Config", "collects", "compress", "stages", "token_weights", "transform", "workspace"]
 
 

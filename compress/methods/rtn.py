@@ -19,7 +19,7 @@ from compress.methods._quantizer import Grid, check_grid, check_groups
 from compress.types import Block, Collect, Result, Runner
 
 CALIBRATED = False
-CORES = True  # quantizes ARMOR\'s cores
+CORES = True  # quantizes ARMOR's cores
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,15 @@ from typing import Any
 import torch
 
 from compress.errors import CompressError
-from compress.methods import _solvers, _sparse_solver, _sparsity
+from compress.methods import _sparse_solver, _sparsity
+from compress.methods._inputs import stages
+from compress.methods._second_order import collects
 from compress.stats import InputStats
-from compress.types import Block, Collect, Packed, Result, Runner, Stat
+from compress.types import Block, Packed, Result, Runner
 
 VERB = "prune"
 CALIBRATED = True
+__all__ = ["CALIBRATED", "VERB", "Config", "collects", "compress", "stages", "workspace"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +44,6 @@ class Config(_sparsity.Sparse):
             raise CompressError("--damp must be in 0..10", hint="0.01 is usual", usage=True)
 
 
-def stages(block: Block, config: Config) -> tuple[tuple[str, ...], ...]:
-    """All at once, or the linears that read the same input one group after the other."""
-    return _sparsity.stages(block, config.sequential)
-
-
-def collects(block: Block, config: Config) -> Collect:
-    """One Hessian per input."""
-    return _sparsity.collects(block, Stat.GRAM)
-
-
 def workspace(block: Block, config: Config) -> int:
     """Bytes that `compress` needs for its largest linear: copies of the Hessian and of the weights."""
     return 4 * max(3 * W.shape[1] ** 2 + 6 * W.numel() for W in block.weights.values())
@@ -63,11 +56,7 @@ def compress(
     packed: dict[str, Packed] = {}
     errors: dict[str, float] = {}
     record: list[dict[str, Any]] = []
-    for group in block.groups:
-        names = [n for n in group if n in block.weights]
-        if not names:
-            continue
-        factor = _solvers.factorize(stats[names[0]].hessian(), config.damp, "off", -1, names[0])
+    for names, factor in _sparse_solver.factors(block, stats, config.damp):
         for name in names:
             W = block.weights[name].float()
             done = _sparse_solver.sparsify(W, factor, share=config.share, nm=config.nm, scope=config.scope)

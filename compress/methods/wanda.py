@@ -7,17 +7,22 @@ Blocks in order, each calibrated on the pruned blocks before it (locuslab/wanda 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from compress.methods import _sparsity
+from compress.methods._inputs import per_input, stages
+from compress.methods._sparsity import settle, surveys
 from compress.stats import InputStats
-from compress.types import Block, Collect, Packed, Result, Runner, Stat
+from compress.types import Block, Collect, Result, Runner, Stat
 
 VERB = "prune"
 CALIBRATED = True
+__all__ = [
+    "CALIBRATED", "VERB", "Config", "collects", "compress", "settle", "stages", "survey", "survey_collects", "surveys",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,47 +39,27 @@ class Config(_sparsity.Sparse):
         _sparsity.check_walk(self.sequential, self.propagate)
 
 
-def stages(block: Block, config: Config) -> tuple[tuple[str, ...], ...]:
-    """All at once, or the linears that read the same input one group after the other."""
-    return _sparsity.stages(block, config.sequential)
-
-
 def collects(block: Block, config: Config) -> Collect:
     """One energy per input."""
-    return _sparsity.collects(block, Stat.ENERGY)
-
-
-def _score(W: torch.Tensor, stats: InputStats) -> torch.Tensor:
-    return W.abs() * stats.energy().sqrt()
-
-
-def surveys(config: Config) -> bool:
-    """One threshold for the model needs all scores' histogram first; they are the dense model's."""
-    return config.scope == "model"
+    return per_input(block, Stat.ENERGY)
 
 
 survey_collects = collects
+
+
+def _score(stats: Mapping[str, InputStats]) -> _sparsity.Score:
+    return lambda name, W: W.abs() * stats[name].energy().sqrt()
 
 
 def survey(
     block: Block, stats: Mapping[str, InputStats], config: Config, dtype: torch.dtype
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Histograms of the block's scores."""
-    return {f"histogram:{n}": _sparsity.histogram(_score(W.float(), stats[n])) for n, W in block.weights.items()}, {}
-
-
-def settle(results: Callable[[], Iterator[Mapping[str, torch.Tensor]]], config: Config) -> list[dict[str, dict[str, int]]]:
-    """How many weights each linear keeps."""
-    return _sparsity.share_out_results(results, config)
+    return _sparsity.histograms(block, _score(stats))
 
 
 def compress(
     block: Block, stats: Mapping[str, InputStats], config: Config, run: Runner | None, scale_dtype: torch.dtype
 ) -> Result:  # fmt: skip
     """Prune every linear of the block."""
-    packed: dict[str, Packed] = {}
-    errors: dict[str, float] = {}
-    for name, W in _sparsity.weights(block):
-        mask = _sparsity.select(_score(W, stats[name]), config, block.params[name])
-        packed[name], errors[name] = _sparsity.pack(W, W * mask, mask, config, scale_dtype, name)
-    return Result(packed, errors=errors)
+    return _sparsity.masked(block, _score(stats), config, scale_dtype)

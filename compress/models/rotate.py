@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,22 +63,23 @@ def untie(config: Any) -> bool:
 
 
 def open_model(
-    folder: Path, config: Any, rotation: Rotate | None, trust_remote_code: bool = False, keep_zeros: bool = False
+    folder: Path, config: Any, rotation: Rotate | None, trust_remote_code: bool = False, keep_zeros: bool = False,
+    known: Mapping[str, Any] | None = None,
 ) -> tuple[Skeleton, CheckpointView]:  # fmt: skip
     """A checkpoint's skeleton and its view, rotated where asked; `config` loses its tied head then.
 
-    The linears of a pruned artifact are read as dense weights; `keep_zeros` holds every linear's zeros to be meant as those are.
+    With the manifest `known` (`unpacked.read`) an artifact's linears are read as dense weights; `keep_zeros` holds every linear's
+    zeros to be meant as a pruned one's are.
     """
-    known = unpacked.linears(folder)
     if rotation is None:
         skeleton = Skeleton(config, trust_remote_code)
         reader = CheckpointReader(folder) if known is None else unpacked.UnpackedReader(folder, known, skeleton.conv1d_weights)
         view = CheckpointView(reader, skeleton)
-        view.sparsity = unpacked.sparsity(known or {})
+        view.sparsity = unpacked.sparsity(known)
         if keep_zeros:
             view.sparsity = {n.removesuffix(".weight"): Sparsity() for n in view.names if n.endswith(".weight")} | view.sparsity
         return skeleton, view
-    if keep_zeros or unpacked.sparsity(known or {}):
+    if keep_zeros or unpacked.sparsity(known):
         raise CompressError(f"{folder}: pruned, and a rotation would fill its zeros", hint="use --no-rotate", usage=True)
     untied = untie(config)
     skeleton = Skeleton(config, trust_remote_code)

@@ -123,7 +123,7 @@ class Forward(BlockWalk):
         def run(weights: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
             return walk.skeleton.run(index, fixed | self.blocks.params(index, {f"{n}.weight": W for n, W in weights.items()}), x)
 
-        recovery = Recovery(run, self.states, self.dense, walk.device, walk.dtype)
+        recovery = Recovery(run, self.states, self.dense, walk.device)
         parts, losses = recovery.train(linears, walk.config.recover, walk.config.recover_lr, index)
         packed = {n: one.rebuild(parts[n]) for n, one in linears.items()}
         errors = {n: relative_error(block.weights[n].float(), dense(p)) for n, p in packed.items()}
@@ -199,8 +199,7 @@ class Forward(BlockWalk):
         """Density and mask of a linear whose zeros are meant, for the manifest; a quantized one keeps its source's mask."""
         if not (self.walk.sparse or name in block.sparse):
             return {}
-        form = registry.by_kind(packed.kind)
-        W = form.pruned(packed) if hasattr(form, "pruned") else dense(packed)
+        W = registry.pruned(packed)
         kept = (block.weights[name] if name in block.sparse else W) != 0
         lost = int(((W != 0) & ~kept.to(W.device)).sum())
         if lost:

@@ -47,7 +47,7 @@ class Layout:
     plan: tuple[Planned, ...]
     guarded: bool  # stock loaders must refuse it
     cast: str | None  # dtype that every other float tensor is cast to
-    wrappers: Callable[[str], Wrappers] | None = None  # of linears whose kind is armor and whose method packs the core
+    wrappers: Callable[[str], Wrappers]  # of linears whose kind is armor and whose method packs the core
     left: tuple[str, ...] = ()  # linears that stay dense because a stock loader could not read them
 
     @property
@@ -63,11 +63,9 @@ class Layout:
         if target.kind == "dense":
             W = dense(packed).to(dtypes.TORCH[target.dtype])
             return {f"{target.name}.weight": W.T.contiguous() if target.transposed else W}
-        if target.kind != self.packs and target.kind == armor.KIND:
-            assert self.wrappers is not None
-            packed = armor.pack(sparse24_int.from_int_grouped(packed, target.params), *self.wrappers(target.name))
-        elif target.kind != self.packs:
-            packed = registry.by_kind(target.kind).from_int_grouped(packed, target.params)
+        if target.kind != self.packs:
+            wrappers = self.wrappers(target.name) if target.kind == armor.KIND else ()
+            packed = registry.by_kind(target.kind).from_int_grouped(packed, target.params, *wrappers)
         return {f"{target.name}.{suffix}": t for suffix, t in packed.tensors.items()}
 
     def packed(self, target: Target, read: Callable[[str], torch.Tensor]) -> Packed:
@@ -76,8 +74,6 @@ class Layout:
         suffixes = module.spec(target.params, target.shape, target.dtype)
         tensors = {s: read(f"{target.name}.{s}") for s in suffixes}
         found = Packed(module.KIND, module.VERSION, target.params, tensors, target.shape)
-        if target.kind != self.packs and target.kind == armor.KIND:
-            found, module = armor.unpack(found)[0], sparse24_int
         back: Packed = found if target.kind == self.packs else module.to_int_grouped(found)
         return back
 

@@ -34,7 +34,6 @@ class Recovery:
     inputs: Store
     targets: Store
     device: str
-    dtype: torch.dtype
 
     def train(
         self, linears: Mapping[str, Trainable], epochs: int, lr: float, seed: int

@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -152,25 +153,43 @@ def may_replace(path: Path, job: str) -> bool:
     return job_of(path) == job and bool(read_json(path / "job.json").get("replace"))
 
 
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a walk kept of each block: a file per block, replaced atomically, so that each is a resume point."""
+
+    folder: Path
+    job: str  # fingerprint: another job's results are not read
+
+    def open(self) -> None:
+        """Make the folder."""
+        with disk_errors(self.folder):
+            self.folder.mkdir(exist_ok=True)
+
+    def path(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.safetensors"
+
+    def read(self, index: int) -> dict[str, torch.Tensor]:
+        """A block's result."""
+        return read_kept(self.path(index))
+
+    def has(self, index: int) -> bool:
+        """Whether a block's result is there, whole and of this job."""
+        try:
+            with safe_open(self.path(index), framework="pt") as file:
+                return bool(file.metadata() == self._label(index))
+        except (OSError, SafetensorError):
+            return False
+
+    def write(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write a block's result."""
+        write_file(self.path(index), to_bytes({name: t.cpu().contiguous() for name, t in tensors.items()}, self._label(index)))
+
+    def _label(self, index: int) -> dict[str, str]:
+        return {"of": f"block {index} of job {self.job}"}  # one entry: safetensors orders several as it likes
+
+
 def read_kept(path: Path) -> dict[str, torch.Tensor]:
-    """What a walk kept of one block."""
+    """The tensors of one block's result."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
-def is_kept(path: Path, index: int, job: str) -> bool:
-    """Whether a block's result is there, whole and of this job."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return bool(file.metadata() == _label(index, job))
-    except (OSError, SafetensorError):
-        return False
-
-
-def write_kept(path: Path, tensors: Mapping[str, torch.Tensor], index: int, job: str) -> None:
-    """Write a block's result atomically: it is a resume point."""
-    write_file(path, to_bytes({name: t.cpu().contiguous() for name, t in tensors.items()}, _label(index, job)))
-
-
-def _label(index: int, job: str) -> dict[str, str]:
-    return {"of": f"block {index} of job {job}"}  # one entry: safetensors orders several as it likes

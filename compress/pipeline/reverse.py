@@ -22,13 +22,12 @@ import torch
 from torch import nn
 
 from compress.checkpoint import dtypes
-from compress.checkpoint.writer import disk_errors
 from compress.errors import CompressError
 from compress.models.head import Head
 from compress.pipeline import memory
 from compress.pipeline.blocks import Blocks, Tensors
 from compress.pipeline.layout import Layout
-from compress.pipeline.resume import is_kept, read_kept, write_kept
+from compress.pipeline.resume import Kept
 from compress.pipeline.states import Store
 from compress.types import Block, Progress, Reducer
 
@@ -51,23 +50,22 @@ class Reverse:
     progress: Callable[[Progress], None] | None = None
     surveyed: Callable[[int], Tensors] | None = None  # what the method's survey kept of a block
 
+    @property
+    def _kept(self) -> Kept:
+        return Kept(self.folder, self.job)
+
     def path(self, index: int) -> Path:
-        return self.folder / f"block-{index:05d}.safetensors"
+        return self._kept.path(index)
 
     def result(self, index: int) -> Tensors:
         """What the reducers kept of a block."""
-        return read_kept(self.path(index))
-
-    def _done(self, index: int) -> bool:
-        """Whether a block's result is there, whole and of this job."""
-        return is_kept(self.path(index), index, self.job)
+        return self._kept.read(index)
 
     @torch.no_grad()
     def run(self) -> None:
         """Compute what is missing, from the last block down."""
-        with disk_errors(self.folder):
-            self.folder.mkdir(exist_ok=True)
-        missing = [i for i in range(len(self.blocks)) if not self._done(i)]
+        self._kept.open()
+        missing = [i for i in range(len(self.blocks)) if not self._kept.has(i)]
         if not missing:
             return
         head = Head(self.blocks.skeleton, self.blocks.view, self.blocks.dtype)
@@ -140,7 +138,7 @@ class Reverse:
             kept: Tensors = {}
             for reducer in reducers:
                 kept |= {name: t.cpu().contiguous() for name, t in reducer.result().items()}
-            write_kept(self.path(index), kept, index, self.job)
+            self._kept.write(index, kept)
         return out
 
     def _backward(

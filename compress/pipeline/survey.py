@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 
-from compress.checkpoint.writer import disk_errors
 from compress.pipeline import memory
 from compress.pipeline.blocks import Tensors
-from compress.pipeline.resume import is_kept, read_kept, write_kept
+from compress.pipeline.resume import Kept
 from compress.pipeline.walk import BlockWalk, Walk
 from compress.types import Block, Progress
 
@@ -28,23 +27,19 @@ class Survey(BlockWalk):
 
     def __init__(self, walk: Walk, folder: Path, job: str) -> None:
         super().__init__(walk, bool(getattr(walk.config, "survey_propagate", False)) and walk.tokens is not None)
-        self._where, self._job = folder, job
-
-    def path(self, index: int) -> Path:
-        return self._where / f"block-{index:05d}.safetensors"
+        self._kept = Kept(folder, job)
 
     def result(self, index: int) -> Tensors:
         """What the method kept of a block."""
-        return {name: t for name, t in read_kept(self.path(index)).items() if not name.startswith(_SEEN)}
+        return {name: t for name, t in self._kept.read(index).items() if not name.startswith(_SEEN)}
 
     @torch.no_grad()
     def run(self) -> None:
         """Walk over what is missing."""
         walk, blocks = self.walk, len(self.blocks)
-        with disk_errors(self._where):
-            self._where.mkdir(exist_ok=True)
+        self._kept.open()
         done = 0
-        while done < blocks and is_kept(self.path(done), done, self._job):
+        while done < blocks and self._kept.has(done):
             done += 1
         if done == blocks:
             return
@@ -78,12 +73,12 @@ class Survey(BlockWalk):
                 self._advance(index, params | self.blocks.params(index, _weights(seen)))
         if self.propagate:
             kept = {**kept, **{_SEEN + n: W for n, W in seen.items()}}
-        write_kept(self.path(index), kept, index, self._job)
+        self._kept.write(index, kept)
 
     def _finished(self, index: int) -> Tensors:
         """A surveyed block's parameters as later blocks see them."""
         block: Block = self.split(index)
-        kept = read_kept(self.path(index))
+        kept = self._kept.read(index)
         seen = {n.removeprefix(_SEEN): W for n, W in kept.items() if n.startswith(_SEEN)}
         return self.blocks.compute(index, {**self.blocks.tensors(block), **_weights(seen)})
 

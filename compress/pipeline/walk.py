@@ -8,6 +8,7 @@ numbers.
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,7 +106,7 @@ class _BlockRunner:
             self._dense = None
 
 
-class BlockWalk:
+class BlockWalk(ABC):
     """The calibration states on their way through the blocks."""
 
     def __init__(self, walk: Walk, propagate: bool) -> None:
@@ -115,9 +116,9 @@ class BlockWalk:
         self.dense: Store | None = None  # the dense model's states beside them, where a block is trained towards them
         self.weights: list[torch.Tensor] = []  # of the tokens (B, T), per batch, where the method weighs them
 
+    @abstractmethod
     def _finished(self, index: int) -> Tensors:
         """A finished block's parameters as later blocks see them."""
-        raise NotImplementedError
 
     def _start(self, done: int) -> None:
         """Embed the tokens and run them through the blocks that are done."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from compress_kernels import BackendError
 from compress_kernels import bits as bitpack
 from compress_kernels.int_grouped import tiled as int_grouped
 
@@ -132,7 +133,7 @@ def path(kind: str) -> str:
     """The path that COMPRESS_BACKEND chooses: "dense" where it is unset or empty."""
     chosen = os.environ.get("COMPRESS_BACKEND") or DENSE
     if chosen not in (DENSE, TILED):
-        raise ValueError(f"COMPRESS_BACKEND is {chosen!r}; {kind} has {DENSE} and {TILED}")
+        raise BackendError(f"COMPRESS_BACKEND is {chosen!r}; {kind} has {DENSE} and {TILED}")
     if chosen == DENSE:
         _say_once(kind)
     return chosen
@@ -154,6 +155,22 @@ class Prepared:
     weight: torch.Tensor | None = None  # "dense": (O, I) in the activations' dtype
     parts: tuple[torch.Tensor | None, ...] = ()  # "tiled": the tensors that the kind's op takes between x and bias,
     sizes: tuple[int, ...] = ()  # and its numbers after the bias
+
+
+def choose(
+    kind: str, shape: tuple[int, int], dtype: torch.dtype, rows: int, decode: Decode, parts: tuple[torch.Tensor | None, ...],
+    sizes: tuple[int, ...],
+) -> Prepared:  # fmt: skip
+    """A weight (O, I) for the path that COMPRESS_BACKEND chooses; `decode` writes tiles of `rows` rows; it is where parts[0] is."""
+    if path(kind) == TILED:
+        return Prepared(TILED, parts=parts, sizes=sizes)
+    assert parts[0] is not None
+    return Prepared(DENSE, whole(shape, rows, decode, dtype, parts[0].device))
+
+
+def linear(op: Callable[..., torch.Tensor], x: torch.Tensor, p: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
+    """x (..., I) times Wᵀ plus bias -> (..., O) in x's dtype; `op` is the kind's own for the tiled path."""
+    return op(x, *p.parts, bias, *p.sizes) if p.weight is None else F.linear(x, p.weight, bias)
 
 
 def tiles(outputs: int, rows: int) -> Iterator[slice]:

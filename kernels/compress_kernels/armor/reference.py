@@ -61,9 +61,13 @@ def blocks(x: torch.Tensor, D: torch.Tensor, bias: torch.Tensor | None = None) -
 
 def dequantize(tensors: Mapping[str, torch.Tensor], params: Mapping[str, Any], shape: tuple[int, int]) -> torch.Tensor:
     """The weight A S B (O, I), multiplied in fp32."""
-    pre, post = tensors["pre"].float(), tensors["post"].float()
     S = CORES[core_kind(params)].reference.dequantize(tensors, params, shape)
-    left = torch.bmm(post, S.unflatten(0, (len(post), -1))).view(shape)
+    return wrap(S, tensors["pre"].float(), tensors["post"].float())
+
+
+def wrap(S: torch.Tensor, pre: torch.Tensor, post: torch.Tensor) -> torch.Tensor:
+    """A S B (O, I) of a core S (O, I) in its dtype; differentiable."""
+    left = torch.bmm(post, S.unflatten(0, (len(post), -1))).view(S.shape)
     return blocks(left, pre.transpose(1, 2))
 
 

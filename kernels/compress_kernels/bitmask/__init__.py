@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from compress_kernels import _sparse
 from compress_kernels._sparse import Prepared
@@ -32,13 +31,10 @@ def prepare(
     mask, offsets, values = tensors["mask"], tensors["row_offsets"], tensors["values"]
     rows = tile_rows(shape, mask.device)
     bounds = starts(offsets, rows)
-    if _sparse.path("bitmask") == _sparse.TILED:
-        return Prepared(_sparse.TILED, parts=(mask, values, bounds), sizes=(rows,))
     decode = tiled.decoder(mask, values, bounds, rows)
-    return Prepared(_sparse.DENSE, _sparse.whole(shape, rows, decode, dtype, mask.device))
+    return _sparse.choose("bitmask", shape, dtype, rows, decode, (mask, values, bounds), (rows,))
 
 
 def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., I) times Wᵀ plus bias -> (..., O) in x's dtype."""
-    p = prepared
-    return tiled.linear(x, *p.parts, bias, *p.sizes) if p.weight is None else F.linear(x, p.weight, bias)
+    return _sparse.linear(tiled.linear, x, prepared, bias)

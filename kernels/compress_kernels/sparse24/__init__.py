@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from compress_kernels import _sparse
 from compress_kernels._sparse import Prepared
@@ -31,16 +30,9 @@ def prepare(
     _sparse.refuse(reference.problems(tensors, params, shape), shape)
     n, m, values, meta = int(params["n"]), int(params["m"]), tensors["values"], tensors["meta"]
     rows = tile_rows(shape, values.device)
-    if _sparse.path("sparse24") == _sparse.TILED:
-        return Prepared(_sparse.TILED, parts=(values, meta), sizes=(n, m, rows))
-
-    def decode(tile: slice, out: torch.Tensor) -> None:
-        tiled.dequantize(values[tile], meta[tile], n, m, out)
-
-    return Prepared(_sparse.DENSE, _sparse.whole(shape, rows, decode, dtype, values.device))
+    return _sparse.choose("sparse24", shape, dtype, rows, tiled.decoder(values, meta, n, m), (values, meta), (n, m, rows))
 
 
 def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., I) times Wᵀ plus bias -> (..., O) in x's dtype."""
-    p = prepared
-    return tiled.linear(x, *p.parts, bias, *p.sizes) if p.weight is None else F.linear(x, p.weight, bias)
+    return _sparse.linear(tiled.linear, x, prepared, bias)

@@ -15,16 +15,21 @@ def dequantize(values: torch.Tensor, meta: torch.Tensor, n: int, m: int, out: to
     return _sparse.scatter(values, _sparse.decode_positions(meta, n, m, out.shape[1]), n, m, out)
 
 
+def decoder(values: torch.Tensor, meta: torch.Tensor, n: int, m: int) -> _sparse.Decode:
+    """Decodes tiles of a weight's rows."""
+
+    def decode(tile: slice, out: torch.Tensor) -> None:
+        dequantize(values[tile], meta[tile], n, m, out)
+
+    return decode
+
+
 @torch.library.custom_op("compress_kernels::sparse24_linear", mutates_args=())
 def linear(
     x: torch.Tensor, values: torch.Tensor, meta: torch.Tensor, bias: torch.Tensor | None, n: int, m: int, rows: int
 ) -> torch.Tensor:
     """x (..., I) times Wᵀ plus bias -> (..., O), from values (O, I*n/m) and their positions' bytes, in tiles of `rows` rows."""
-
-    def decode(tile: slice, out: torch.Tensor) -> None:
-        dequantize(values[tile], meta[tile], n, m, out)
-
-    return _sparse.product(x, values.shape[0], rows, decode, bias)
+    return _sparse.product(x, values.shape[0], rows, decoder(values, meta, n, m), bias)
 
 
 @linear.register_fake

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from compress_kernels import _sparse
 from compress_kernels._sparse import Prepared
@@ -33,16 +32,9 @@ def prepare(
     parts = tiled.Parts(meta, words, scale, tensors.get("weight_zero_point"))
     bits, n, m = (int(params[key]) for key in ("bits", "n", "m"))
     rows = tile_rows(shape, words.device)
-    if _sparse.path("sparse24_int") == _sparse.TILED:
-        return Prepared(_sparse.TILED, parts=parts, sizes=(bits, n, m, rows))
-
-    def decode(tile: slice, out: torch.Tensor) -> None:
-        tiled.dequantize(parts, bits, n, m, tile, out)
-
-    return Prepared(_sparse.DENSE, _sparse.whole(shape, rows, decode, dtype, words.device))
+    return _sparse.choose("sparse24_int", shape, dtype, rows, tiled.decoder(parts, bits, n, m), parts, (bits, n, m, rows))
 
 
 def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., I) times Wᵀ plus bias -> (..., O) in x's dtype."""
-    p = prepared
-    return tiled.linear(x, *p.parts, bias, *p.sizes) if p.weight is None else F.linear(x, p.weight, bias)
+    return _sparse.linear(tiled.linear, x, prepared, bias)

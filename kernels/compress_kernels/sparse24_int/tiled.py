@@ -36,6 +36,15 @@ def dequantize(p: Parts, bits: int, n: int, m: int, tile: slice, out: torch.Tens
     return _sparse.scatter(kept, _sparse.decode_positions(p.meta[tile], n, m, I), n, m, out)
 
 
+def decoder(p: Parts, bits: int, n: int, m: int) -> _sparse.Decode:
+    """Decodes tiles of a weight's rows."""
+
+    def decode(tile: slice, out: torch.Tensor) -> None:
+        dequantize(p, bits, n, m, tile, out)
+
+    return decode
+
+
 @torch.library.custom_op("compress_kernels::sparse24_int_linear", mutates_args=())
 def linear(
     x: torch.Tensor,
@@ -50,12 +59,7 @@ def linear(
     rows: int,
 ) -> torch.Tensor:
     """x (..., I) times Wᵀ plus bias -> (..., O), from a weight's `Parts` in tiles of `rows` rows, a multiple of 32."""
-    p = Parts(meta, words, scale, zero)
-
-    def decode(tile: slice, out: torch.Tensor) -> None:
-        dequantize(p, bits, n, m, tile, out)
-
-    return _sparse.product(x, words.shape[0], rows, decode, bias)
+    return _sparse.product(x, words.shape[0], rows, decoder(Parts(meta, words, scale, zero), bits, n, m), bias)
 
 
 @linear.register_fake
