@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import armor_modes
 from compare_awq import CALIBRATION, TEXT, last_json
 from jsonl import append, load
 from quality import setting
@@ -139,6 +140,13 @@ def render(rows: list[dict[str, Any]]) -> str:
             if found:
                 lines.append(f"| {job} | " + " | ".join(cells) + " |")
         lines.append("")
+    modes = load(armor_modes.RESULTS)
+    if modes:
+        lines += [
+            "## ARMOR's modes, one matrix at a time", "",
+            "Losses relative to a matrix of zeros, 2:4, at most 20,000 iterations of paper mode; `loss` is fast / paper,",
+            "`time` the share of the paper mode's CPU seconds. `benchmarks/armor_modes.py`.", "", *armor_modes.table(modes), "",
+        ]  # fmt: skip
     return "\n".join(lines)
 
 
