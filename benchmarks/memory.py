@@ -1,12 +1,12 @@
-"""Peak memory on a checkpoint larger than the limit: RTN and GWQ over all blocks, AWQ over a few, block by block.
+"""Peak memory on a checkpoint larger than the limit: RTN and GWQ over all blocks, AWQ and pruning over a few, block by block.
 
     python benchmarks/random_checkpoint.py --shape llama3-8b --blocks 32 --out BIG      # 16 GB
-    python benchmarks/memory.py --model BIG [--awq-model BIG4] [--methods rtn awq gwq] [--limit-gb 4] [--plot memory.png]
+    python benchmarks/memory.py --model BIG [--few BIG4] [--methods rtn awq …] [--limit-gb 4] [--plot memory.png]
 
---awq-model may be a shallower checkpoint of the same shapes. The AWQ job uses 4 windows of 128 tokens; the GWQ job, a reverse walk
-over every block and then a forward one, 2 windows of 128 and unclipped ranges. What is measured is the resident memory of the whole
-process, libraries included: ru_maxrss at the end, and after every block. Exits 1 above the limit.
-Results are appended to benchmarks/results/memory.jsonl.
+--few may be a shallower checkpoint of the same shapes, for all methods but RTN and GWQ. AWQ and the pruning methods use 4
+windows of 128 tokens; GWQ, a reverse walk over every block and then a forward one, 2 windows of 128 and unclipped ranges;
+D-Pruner walks three times. What is measured is the resident memory of the whole process, libraries included: ru_maxrss at
+the end, and after every block. Exits 1 above the limit. Results are appended to benchmarks/results/memory.jsonl.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from jsonl import append
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "memory.jsonl"
+METHODS = ("rtn", "awq", "gwq", "sparsegpt", "dpruner")
 JOB = """
 import json, resource, sys
 import compress.fit
 options = json.loads(sys.argv[3])
-method = options.pop("method")
-predicted = compress.fit.dry_run(sys.argv[1], method, **{k: v for k, v in options.items() if k != "dataset"})
+method, verb = options.pop("method"), options.pop("verb")
+predicted = compress.fit.dry_run(sys.argv[1], method, verb=verb, **options)
 rows = []
 def note(p):
     rows.append({"block": p.block, "rss_gb": p.rss / 1e9, "seconds": p.seconds, "reverse": p.error is None})
     print(f"  block {p.block + 1}/{p.blocks}  {p.rss / 1e9:.2f} GB  {p.seconds:.1f} s", file=sys.stderr, flush=True)
-report = compress.fit.quantize(sys.argv[1], method, sys.argv[2], progress=note, **options)
+report = getattr(compress.fit, verb)(sys.argv[1], method, sys.argv[2], progress=note, **options)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 print(json.dumps({"peak_gb": peak, "predicted_gb": predicted.peak_memory / 1e9, "predicted_bytes": predicted.artifact_bytes,
                   "bytes": report.bytes, "source_gb": report.source_bytes / 1e9, "seconds": report.seconds,
@@ -42,10 +43,10 @@ print(json.dumps({"peak_gb": peak, "predicted_gb": predicted.peak_memory / 1e9, 
 """
 
 
-def run(model: Path, method: str, **options: Any) -> dict[str, Any]:
+def run(model: Path, method: str, verb: str = "quantize", **options: Any) -> dict[str, Any]:
     """One job in a fresh process; its artifact is thrown away."""
     with tempfile.TemporaryDirectory(dir=model.parent) as folder:
-        args = [sys.executable, "-c", JOB, str(model), f"{folder}/out", json.dumps({"method": method, **options})]
+        args = [sys.executable, "-c", JOB, str(model), f"{folder}/out", json.dumps({"method": method, "verb": verb, **options})]
         done = subprocess.run(args, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return {"method": method, **result}
@@ -67,15 +68,19 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="peak memory on a large checkpoint")
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--awq-model", type=Path, help="a shallower checkpoint for the AWQ job")
-    parser.add_argument("--methods", nargs="+", choices=("rtn", "awq", "gwq"), default=["rtn", "awq", "gwq"])
+    parser.add_argument("--few", type=Path, help="a shallower checkpoint for the slower methods")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["rtn", "awq", "gwq"])
     parser.add_argument("--limit-gb", type=float, default=4.0)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    jobs = {
+    few, windows = args.few or args.model, {"nsamples": 4, "seqlen": 128}
+    domain = {"domain_dataset": str(ROOT / "compress" / "data" / "calibration.txt"), "samples": 4}
+    jobs: dict[str, tuple[Path, dict[str, Any]]] = {
         "rtn": (args.model, {"bits": 4, "group_size": 128}),
-        "awq": (args.awq_model or args.model, {"bits": 4, "group_size": 128, "nsamples": 4, "seqlen": 128}),
+        "awq": (few, {"bits": 4, "group_size": 128, **windows}),
         "gwq": (args.model, {"nsamples": 2, "seqlen": 128, "clip": False}),
+        "sparsegpt": (few, {"verb": "prune", "pattern": "2:4", **windows}),
+        "dpruner": (few, {"verb": "prune", **domain, **windows}),
     }
     rows = [run(jobs[method][0], method, **jobs[method][1]) for method in args.methods]
     for row in rows:
