@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from compress.errors import CompressError
 sys.path.insert(0, str(ROOT / "examples"))  # scripts, not a package
 import corpus
 import make_finetunes
+import pretrain_lost
 
 VERBS, THINGS = ("sees", "hears", "likes"), ("sun", "sea", "hill")
 SENTENCES = [f"The {a} {b} the {c}." for a in ("cat", "dog", "owl") for b in VERBS for c in THINGS]
@@ -104,3 +106,45 @@ def test_mistakes_and_explosions_are_named(texts: Path, pico: Callable[..., Path
         with pytest.raises(CompressError, match=why):
             run(make_finetunes, monkeypatch, *args, *given)
     assert not (texts / "out" / "a").exists()
+
+
+def test_lost_and_low_rank_models_from_scratch_are_compared_at_equal_parameters(
+    texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = texts / "out"
+    size = ("--hidden", 32, "--intermediate", 80, "--blocks", 2, "--heads", 2, "--vocabulary", 300, "--rank", 8, "--seqlen", 16)
+    run(pretrain_lost, monkeypatch, "--text", texts / "animals.txt", "--out", out, "--steps", 30, "--device", "cpu", *size)
+    table = json.loads((out / "table.json").read_text())
+    assert list(table) == sorted(pretrain_lost.RATES)
+    assert table["low-rank"]["linears"] == table["low-rank-svd"]["linears"]
+    assert abs(table["low-rank"]["linears"] - table["lost"]["linears"]) < 32 + 80  # one rank of the largest linear
+    assert table["lost"]["linears"] < 0.7 * table["full"]["linears"]
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    for name, row in table.items():
+        curve = [r for r in rows if r["variant"] == name]
+        assert [r["step"] for r in curve] == list(range(1, 31))
+        assert row["valid"] == curve[-1]["valid"] < curve[2]["valid"] - 0.5
+        assert row["stored"] == pytest.approx(row["valid"], abs=2e-3)  # factors rounded to float16
+        assert f"{name:13s}{row['linears']:10d}" in capsys.readouterr().out or name != "full"
+        measured = compress.evaluate(out / name, text=out / "valid.txt", seqlen=16, dtype="float32").metrics[0].value
+        assert measured == pytest.approx(math.exp(row["stored"]), rel=1e-4)
+    with pytest.raises(CompressError, match="not empty"):
+        run(pretrain_lost, monkeypatch, "--text", texts / "animals.txt", "--out", out)
+    with pytest.raises(CompressError, match="variant 'lots' is unknown"):
+        run(pretrain_lost, monkeypatch, "--variants", "lots")
+
+
+def test_every_variant_begins_with_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["x", "--hidden", "32", "--intermediate", "80", "--blocks", "1", "--rank", "8"])
+    options = pretrain_lost.parse()
+    dense = pretrain_lost.make_model(options, 300)
+    models = {name: pretrain_lost.make_variant(name, dense, options) for name in pretrain_lost.RATES}
+    for model in models.values():
+        assert torch.equal(model.model.embed_tokens.weight, dense.model.embed_tokens.weight)
+    W, layer = dense.model.layers[0].mlp.up_proj.weight, models["lost"].model.layers[0].mlp.up_proj
+    assert torch.equal(layer.W_s, W[:, layer.columns])
+    low = models["low-rank-svd"].model.layers[0].mlp.up_proj
+    U, s, Vh = torch.linalg.svd(W)
+    rank = low.params["rank"]
+    assert torch.allclose(low.B @ low.A, (U[:, :rank] * s[:rank]) @ Vh[:rank], atol=1e-6)
+    assert torch.equal(pretrain_lost.make_model(options, 300).lm_head.weight, dense.lm_head.weight)
