@@ -56,7 +56,7 @@ def parse() -> argparse.Namespace:
     add("--vocabulary", type=int, default=1024, help="of the byte-level BPE that is trained on the text")
     add("--seqlen", type=int, default=128)
     add("--batch-size", type=int, default=16)
-    add("--steps", type=int, default=400)
+    add("--steps", type=int, default=300)
     add("--lr", type=float, help="highest learning rate of every variant (default: each its own)")
     add("--rank", type=int, default=32, help="of LOST's factors; a quarter of the hidden size, as CoLA's")
     add("--delta", type=float, default=0.05, help="share of the input columns that LOST keeps")
@@ -87,10 +87,12 @@ def make_model(options: argparse.Namespace, vocabulary: int) -> Any:
     """A freshly initialised Llama, the same for every variant."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    spread = 0.02 * (512 / options.hidden) ** 0.5  # the gain of the paper's smallest model, which is 512 wide with 0.02
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=options.hidden, intermediate_size=options.intermediate,
         num_hidden_layers=options.blocks, num_attention_heads=options.heads, num_key_value_heads=options.heads,
         max_position_embeddings=options.seqlen, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
+        initializer_range=spread,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)
