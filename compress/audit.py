@@ -161,6 +161,8 @@ def verify_deep(folder: Path, model: str | Path) -> list[str]:
     diag(1/r) W diag(c): r and c are fitted first. The relative error that remains must not exceed what the manifest recorded.
     """
     known = manifest.read(folder)
+    if not known["source"]["files"]:
+        raise CompressError(f"{folder}: trained, not made from a checkpoint: there is no source", hint="leave --deep out")
     origin = source.resolve(model)
     reader = CheckpointReader(folder)
     method = registry.load("methods", known["method"])

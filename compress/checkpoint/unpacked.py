@@ -21,6 +21,10 @@ def read(folder: Path) -> dict[str, Any] | None:
     if not (folder / manifest.FILE).is_file():
         return None
     known = manifest.read(folder)
+    for name, entry in known["linears"].items():
+        why = getattr(registry.by_kind(entry["kind"]), "without_weight", lambda params: None)(entry["params"])
+        if why is not None:
+            raise CompressError(f"{folder}: {name} stands for no dense weight: {why}", hint="start from a dense checkpoint")
     narrow = any("bits" in entry["params"] and entry["kind"] != "dense" for entry in known["linears"].values())
     return None if narrow else known
 

@@ -77,6 +77,9 @@ def words(layout: Layout) -> str:
     params = [t.params for t in layout.targets.values()]
     patterns = sorted({f"{p['n']}:{p['m']}" for p in params if "n" in p})
     out = [f"{'/'.join(patterns)} sparse"] if patterns else []
+    if "gamma" in params[0]:
+        ranks, kept = (sorted({p[key] for p in params}) for key in ("rank", "kept"))
+        out.append(f"rank {'/'.join(map(str, ranks))}, {'/'.join(map(str, kept))} dense columns, gamma {params[0]['gamma']:g}")
     if "nnz" in params[0]:
         total = sum(t.shape[0] * t.shape[1] for t in layout.targets.values())
         out.append(f"{1 - sum(p['nnz'] for p in params) / total:.1%} zeros")
