@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from compress.models.skeleton import Skeleton, load_config
 from compress.models.view import CheckpointView
 from compress.pipeline import layout
 from compress.pipeline.choices import WIDTH_SAMPLES, Choices, Widths, reducers
-from compress.types import Progress
+from compress.types import Progress, Sparsity
 
 logger = logging.getLogger(__name__)
 _BATCH_TOKENS = 1024
@@ -130,14 +131,14 @@ def _scale_to_model(config: Any, plan: layout.Layout, view: CheckpointView) -> A
     """The config with its share of zeros, given of the whole model, made that of the linears."""
     linears = sum(t.shape[0] * t.shape[1] for t in plan.targets.values())
     total = sum(torch.Size(view.shape(n)).numel() for n in view.names)
-    asked = config.sparsity
     if config.pattern:
         raise CompressError("--of-model goes with --sparsity, a pattern has its own", hint="drop one of them", usage=True)
+    asked = config.share
     share = asked * total / linears
     if share > 1:
         raise CompressError(
             f"--sparsity {asked} of the model is {share:.2f} of its linears, which hold {linears / total:.1%} of its weights",
-            hint=f"at most --sparsity {linears / total:.2f} with --of-model", usage=True,
+            hint=f"at most --sparsity {math.floor(1e4 * linears / total) / 1e4} with --of-model", usage=True,
         )  # fmt: skip
     logger.info("%.4g of the whole model: %.4f of the linears", asked, share)
     return dataclasses.replace(config, sparsity=share)
@@ -155,8 +156,11 @@ def _warn_of_size(plan: layout.Layout, view: CheckpointView) -> None:
         logger.warning("the compressed linears take %.2f of the dense ones' bytes: use --format dense%s", after / before, hint)
 
 
-def prepare(model: str | Path, method: str, verb: str, ask: Asked) -> Job:
-    """Check every option against the checkpoint's headers."""
+def prepare(model: str | Path, method: str, verb: str, ask: Asked, pruned: Mapping[str, Sparsity] | None = None) -> Job:
+    """Check every option against the checkpoint's headers.
+
+    `pruned` is what will be known of the checkpoint's zeros once it has been pruned, where that is still to be done.
+    """
     module = registry.load("methods", method)
     made_by = registry.verb(method)
     if made_by != verb:
@@ -168,7 +172,8 @@ def prepare(model: str | Path, method: str, verb: str, ask: Asked) -> Job:
     known = unpacked.read(folder)
     hf_config = load_config(folder, ask.trust_remote_code, compressed=known is not None)
     rotation = module.transform(config) if hasattr(module, "transform") else None
-    skeleton, view = rotate.open_model(folder, hf_config, rotation, ask.trust_remote_code, ask.keep_zeros, known)
+    skeleton, view = rotate.open_model(folder, hf_config, rotation, ask.trust_remote_code, ask.keep_zeros or bool(pruned), known)
+    view.sparsity = view.sparsity if pruned is None else pruned
     if any(s.wrapped for s in view.sparsity.values()) and not (getattr(module, "CORES", False) and form != layout.DENSE):
         raise CompressError(
             f"{folder}: an armor artifact, of which only the cores can be quantized, by gptq, rsq --no-rotate or rtn, and packed",

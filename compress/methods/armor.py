@@ -161,7 +161,8 @@ def _linear(
             E = (W_hat - W) / r1 / r2.unsqueeze(1)
             return float((E.square() * h).sum(dtype=torch.float64) / total)
 
-    ones = _armor.Factors(torch.eye(b_out).expand_as(found.A), torch.eye(b_in).expand_as(found.B), W * plain.mask, plain.mask)
+    A, B = (torch.eye(b, device=W.device).expand_as(t) for b, t in ((b_out, found.A), (b_in, found.B)))
+    ones = _armor.Factors(A, B, W * plain.mask, plain.mask)
     base = _pack(ones, torch.ones_like(r1), torch.ones_like(r2), n, m, dtype, name)
     best = _pack(found, r1, r2, n, m, dtype, name)
     L0, L = measure(armor.dequantize(base).to(W.device)), measure(armor.dequantize(best).to(W.device))
