@@ -306,12 +306,13 @@ def _estimate(job: Job, ask: Asked) -> Estimate:
     return dataclasses.replace(found, peak_memory=peak, seconds=found.seconds + seconds, exact=exact)
 
 
-def _calibrate(job: Job, dataset: str | Path | None, ask: Asked, nsamples: int | None = None) -> calibration.Calibration:
+def _calibrate(job: Job, dataset: str | Path | None, ask: Asked, domain: bool = False) -> calibration.Calibration:
+    """The windows of a job's text, or of its domain's."""
     assert job.seqlen is not None
     tokenizer = calibration.load_tokenizer(job.folder, ask.trust_remote_code)
     vocab = job.skeleton.model.get_input_embeddings().num_embeddings
-    count = job.nsamples if nsamples is None else nsamples
-    return calibration.load(dataset, tokenizer, nsamples=count, seqlen=job.seqlen, seed=ask.seed, vocab=vocab)
+    count, option = (job.samples, "--domain-dataset") if domain else (job.nsamples, "--dataset")
+    return calibration.load(dataset, tokenizer, nsamples=count, seqlen=job.seqlen, seed=ask.seed, vocab=vocab, option=option)
 
 
 def _domain(job: Job, ask: Asked) -> calibration.Calibration | None:
@@ -324,7 +325,7 @@ def _domain(job: Job, ask: Asked) -> calibration.Calibration | None:
             f"{job.method_name} needs --domain-dataset" if wanted else f"--domain-dataset means nothing to {job.method_name}",
             hint="a .txt, .jsonl or .parquet file of the domain" if wanted else "use -m dpruner, or --dataset", usage=True,
         )  # fmt: skip
-    return _calibrate(job, ask.domain_dataset, ask, job.samples)
+    return _calibrate(job, ask.domain_dataset, ask, domain=True)
 
 
 def _facts(
