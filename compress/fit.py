@@ -77,10 +77,13 @@ def prune(
 
     `sparsity` is the share of zeros in the linears, or with `of_model` in the whole model; `pattern` "N:M" keeps N of every M
     inputs. `domain_dataset` is the text of D-Pruner's domain. With `then_bits` the result is quantized by `then_method` with its
-    zeros kept: the same bytes as `prune` and `quantize` one after the other.
+    zeros kept: the same bytes as `prune` and `quantize` one after the other, with the same `ignore`.
     """
     common = {"dataset": dataset, "nsamples": nsamples, "seqlen": seqlen, "device": device, "resume": resume, **options}
     first, out, began = _ask(common), Path(out), time.monotonic()
+    for name in ("layer_config", "target_bpw", "keep_zeros"):
+        if getattr(first, name):
+            raise CompressError(f"{name} is not an option of prune", hint="compress.quantize has it", usage=True)
     if then_bits is None:
         return _compress(model, method, out, "prune", first)
     ready, second = _prepare(model, method, "prune", first), _second(common, then_bits, then_group_size)

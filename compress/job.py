@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,10 +122,22 @@ class Job:
 def make_config(method: ModuleType, options: Mapping[str, Any]) -> Any:
     """The method's Config from keyword options; an unknown one is answered with the nearest."""
     known = [f.name for f in dataclasses.fields(method.Config)]
-    for key in options:
+    hints = typing.get_type_hints(method.Config)
+    for key, value in options.items():
         if key not in known:
             raise CompressError(f"unknown option {key!r}", hint=nearest(key, known), usage=True)
+        if not _fits(value, hints[key]):
+            wanted = getattr(hints[key], "__name__", str(hints[key]))
+            raise CompressError(f"{key} is {value!r}, wanted {wanted}", hint="its default is right for most", usage=True)
     return method.Config(**options)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value is of an option's type; an int is a float too, a bool is neither."""
+    kinds = typing.get_args(hint) or (hint,)
+    if isinstance(value, bool):
+        return bool in kinds
+    return any(isinstance(value, (int, float) if kind is float else kind) for kind in kinds)
 
 
 def _scale_to_model(config: Any, plan: layout.Layout, view: CheckpointView) -> Any:

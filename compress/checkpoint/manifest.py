@@ -58,7 +58,8 @@ def _malformed(manifest: dict[str, Any]) -> str | None:
             return f"{key} is missing or not a {kind.__name__}"
     if not manifest["linears"]:
         return "it names no linear"
-    wanted: dict[str, Any] = {"kind": str, "version": int, "params": dict, "shape": list, "bits": (int, float), "error": (int, float)}
+    number = (int, float)
+    wanted: dict[str, Any] = {"kind": str, "version": int, "params": dict, "shape": list, "bits": number, "error": number}
     for name, entry in manifest["linears"].items():
         wrong = [key for key, of in wanted.items() if not isinstance(entry, dict) or not isinstance(entry.get(key), of)]
         if wrong or len(entry["shape"]) != 2 or not all(isinstance(n, int) and n > 0 for n in entry["shape"]):
