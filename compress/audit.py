@@ -40,6 +40,7 @@ class Description:
     widths: dict[str, dict[int, int]]  # last part of a linear's name -> bits -> how many linears, where bits differ
     zeros: dict[str, tuple[float, float]]  # last part of a linear's name -> least and greatest share of zeros
     patterns: list[str]  # N:M that the linears keep
+    pruned: dict[str, Any] | None  # method and config of the pruning before a quantization
     report: dict[str, Any] | None
 
 
@@ -60,7 +61,7 @@ def describe(folder: Path) -> Description:
         sum(e["bits"] * weights[n] for n, e in linears.items()) / compressed, 8 * stored / (compressed + dense), stored,
         known["source"].get("weight_bytes"), compressed + dense, errors[:5], sum(e for _, e in errors) / len(errors),
         loads(read_json(folder / "config.json")), known["search"], _widths(linears), *_zeros(linears),
-        read_json(report) if report.exists() else None,
+        known["source"].get("pruned"), read_json(report) if report.exists() else None,
     )  # fmt: skip
 
 
@@ -125,7 +126,18 @@ def verify(folder: Path) -> list[str]:
                 problems.append(f"{linear}: {entry['kind']} version {entry['version']}, this program writes {module.VERSION}")
             elif hasattr(module, "problems"):
                 problems += [f"{linear}: {why}" for why in module.problems(_packed(reader, linear, entry))]
+            elif entry["kind"] == "dense" and "n" in entry["params"] and "b_in" not in entry["params"]:
+                problems += _violations(unpack(reader, linear, entry, f"{linear}.weight" in skeleton.conv1d_weights), linear, entry)
     return problems
+
+
+def _violations(W: torch.Tensor, linear: str, entry: dict[str, Any]) -> list[str]:
+    """One problem where a dense weight (O, I) has groups that its pattern does not allow."""
+    n, m = int(entry["params"]["n"]), int(entry["params"]["m"])
+    if m < 1 or W.shape[1] % m:
+        return [f"{linear}: {W.shape[1]} inputs cannot be split into groups of {m}"]
+    wrong = int(((W != 0).view(len(W), -1, m).sum(2) > n).sum())
+    return [f"{linear}: {wrong} groups hold more than {n} of {m} weights"] if wrong else []
 
 
 def _is_float(reader: CheckpointReader, name: str) -> bool:
@@ -171,6 +183,11 @@ def verify_deep(folder: Path, model: str | Path) -> list[str]:
     skeleton, view = rotate.open_model(origin, load_config(origin, compressed=before is not None), rotation, known=before)
     for name, digest in source.hashes(origin, view.reader.files()).items():
         if known["source"]["files"].get(name, digest) != digest:
+            if "pruned" in known["source"] and before is None:
+                raise CompressError(
+                    f"{folder}: made from a pruned artifact, {origin} is a dense checkpoint",
+                    hint="give the pruned artifact; the same prune command without --then-bits makes it again, byte for byte",
+                )
             raise CompressError(
                 f"{origin / name}: not the file that this artifact was made from", hint="give the very same checkpoint"
             )

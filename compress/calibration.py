@@ -66,7 +66,9 @@ def pick_seqlen(seqlen: int | None, config: Any) -> int:
     return seqlen
 
 
-def windows(text: str, tokenizer: Any, nsamples: int, seqlen: int, seed: int | None, name: str) -> torch.Tensor:
+def windows(
+    text: str, tokenizer: Any, nsamples: int, seqlen: int, seed: int | None, name: str, option: str = "--dataset"
+) -> torch.Tensor:  # fmt: skip
     """Windows (N, T) of one text; N < nsamples where the text is short, an error where it holds none."""
     enough = 24 * nsamples * seqlen  # characters; more than any tokenizer needs, so that a huge file is not tokenized whole
     if seed is None and len(text) > enough:
@@ -76,7 +78,7 @@ def windows(text: str, tokenizer: Any, nsamples: int, seqlen: int, seed: int | N
     if count == 0:
         raise CompressError(
             f"{name}: {len(ids)} tokens are less than one window of {seqlen}",
-            hint="give more text with --dataset, or a smaller --seqlen",
+            hint=f"give more text with {option}, or a smaller --seqlen",
         )
     if count < nsamples:
         logger.warning("%s holds %d windows of %d tokens, not %d: using them all", name, count, seqlen, nsamples)
@@ -87,20 +89,23 @@ def windows(text: str, tokenizer: Any, nsamples: int, seqlen: int, seed: int | N
     return all_windows[order.sort().values].clone()
 
 
-def load(dataset: str | Path | None, tokenizer: Any, *, nsamples: int, seqlen: int, seed: int | None, vocab: int) -> Calibration:
-    """Read, tokenize and hash the calibration windows. `vocab` is the model's vocabulary size."""
+def load(
+    dataset: str | Path | None, tokenizer: Any, *, nsamples: int, seqlen: int, seed: int | None, vocab: int,
+    option: str = "--dataset",
+) -> Calibration:  # fmt: skip
+    """Read, tokenize and hash the calibration windows. `vocab` is the model's vocabulary size, `option` what gave the dataset."""
     if nsamples < 1:
         raise CompressError(f"--nsamples {nsamples} is not a number of windows", hint="use 1 or more", usage=True)
     path = Path(dataset) if dataset is not None else BUILTIN
     name = "the built-in text" if dataset is None else str(dataset)
     budget = 24 * nsamples * seqlen if seed is None else None
-    documents = _read(path, tokenizer, budget) if path.exists() else _hub(str(dataset), tokenizer)
+    documents = _read(path, tokenizer, budget) if path.exists() else _hub(str(dataset), tokenizer, option)
     text = _join(documents, budget)
     if not text.strip():
         raise CompressError(
             f"{name}: no text found", hint="jsonl and parquet need a `text` field, or `messages` in jsonl", usage=True
         )
-    tokens = windows(text, tokenizer, nsamples, seqlen, seed, name)
+    tokens = windows(text, tokenizer, nsamples, seqlen, seed, name, option)
     if int(tokens.max()) >= vocab:
         raise CompressError(
             f"{name}: token {int(tokens.max())} is outside the model's vocabulary of {vocab}",
@@ -183,7 +188,9 @@ def _document(row: Any, tokenizer: Any) -> str | None:
     return None
 
 
-def _hub(dataset: str, tokenizer: Any) -> Iterator[str]:
+def _hub(dataset: str, tokenizer: Any, option: str) -> Iterator[str]:
+    if dataset.endswith(_SUFFIXES):
+        raise CompressError(f"{option} {dataset}: no such file", hint="check the path", usage=True)
     from datasets import load_dataset
 
     name, *rest = dataset.split(":")
@@ -197,7 +204,7 @@ def _hub(dataset: str, tokenizer: Any) -> Iterator[str]:
         raise
     except Exception as error:  # datasets and the hub client raise a dozen unrelated types
         raise CompressError(
-            f"--dataset {dataset}: no such file, and no such dataset on the hub ({type(error).__name__})",
+            f"{option} {dataset}: no such file, and no such dataset on the hub ({type(error).__name__})",
             hint="give a local .txt, .jsonl or .parquet file, a folder, or name[:config][:split] with network",
             usage=True,
         ) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
 import time
 from dataclasses import dataclass
 from importlib import metadata
@@ -14,8 +13,8 @@ from typing import Any
 import torch
 
 from compress import calibration
-from compress.checkpoint import manifest, source
-from compress.checkpoint.writer import CheckpointWriter, Shard, disk_errors, plan_shards
+from compress.checkpoint import manifest, source, unpacked
+from compress.checkpoint.writer import CheckpointWriter, plan_shards
 from compress.errors import CompressError
 from compress.job import Asked, Job, prepare
 from compress.pipeline import artifact, memory
@@ -23,13 +22,13 @@ from compress.pipeline.blocks import Blocks
 from compress.pipeline.choices import decide, reducers
 from compress.pipeline.estimate import Estimate, estimate, on_disk, reverse_bytes, reverse_seconds
 from compress.pipeline.forward import Forward
+from compress.pipeline.places import TOOL, already_done, check_space, discard, discard_leftover, places
 from compress.pipeline.resume import WorkDir, fingerprint, may_replace, tidy
 from compress.pipeline.reverse import Reverse
 from compress.pipeline.survey import Survey
 from compress.pipeline.walk import Walk
 
 logger = logging.getLogger(__name__)
-TOOL = "llm-compress"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,22 +77,29 @@ def prune(
 
     `sparsity` is the share of zeros in the linears, or with `of_model` in the whole model; `pattern` "N:M" keeps N of every M
     inputs. `domain_dataset` is the text of D-Pruner's domain. With `then_bits` the result is quantized by `then_method` with its
-    zeros kept: the same bytes as `prune` and `quantize` one after the other.
+    zeros kept: the same bytes as `prune` and `quantize` one after the other, with the same `ignore`.
     """
-    common = {"dataset": dataset, "nsamples": nsamples, "seqlen": seqlen, "device": device, "resume": resume}
-    first, out, began = _ask(common | options), Path(out), time.monotonic()
+    common = {"dataset": dataset, "nsamples": nsamples, "seqlen": seqlen, "device": device, "resume": resume, **options}
+    first, out, began = _ask(common), Path(out), time.monotonic()
+    for name in ("layer_config", "target_bpw", "keep_zeros"):
+        if getattr(first, name):
+            raise CompressError(f"{name} is not an option of prune", hint="compress.quantize has it", usage=True)
     if then_bits is None:
         return _compress(model, method, out, "prune", first)
-    then = {"bits": then_bits, "group_size": then_group_size}
-    passed = ("seed", "batch_size", "states", "max_shard_size", "trust_remote_code", "progress")
-    second = _ask(common | {k: v for k, v in options.items() if k in passed} | then)
-    ready = _prepare(model, method, "prune", first)
-    between = out.absolute().with_name(out.name + ".pruned.partial")
-    resumed = resume and not between.exists() and _holds_both(out, ready.mark, then_method, then)
-    if not resumed:
-        _carry_out(ready, between, first)
-        _compress(between, then_method, out, "quantize", second)
-        shutil.rmtree(between, ignore_errors=True)
+    ready, second = _prepare(model, method, "prune", first), _second(common, then_bits, then_group_size)
+    then = _second_job(model, then_method, second, ready.job)
+    calib = _calibrate(then, dataset, second) if then.needs_text else None
+    out, work = places(out, None)
+    between, begun = places(out.absolute().with_name(f"{out.absolute().name}.pruned.partial"), first.work_dir)
+    replace = not resume or may_replace(begun, ready.mark)
+    facts = _facts(then, calib, None, second.seed, {})
+    if _holds_both(out, ready.mark, then, facts, replace, between.exists() or begun.exists()):
+        tidy(work)
+        discard_leftover(between, ready.mark)
+        return _report(ready.job, out, began, True)
+    resumed = _carry_out(ready, between, first)
+    _compress(between, then_method, out, "quantize", dataclasses.replace(second, resume=not replace))
+    discard(between)
     return _report(ready.job, out, began, resumed)
 
 
@@ -120,6 +126,25 @@ class _Ready:
     mark: str
 
 
+def _second(options: dict[str, Any], bits: int, group_size: int) -> Asked:
+    """What --then-bits asks of the quantization; `options` are the pruning's."""
+    own = {"format", "work_dir", "domain_dataset", "of_model", "keep_zeros", "options"}
+    passed = {f.name for f in dataclasses.fields(Asked)} - own
+    return _ask({k: v for k, v in options.items() if k in passed} | {"bits": bits, "group_size": group_size})
+
+
+def _second_job(model: str | Path, method: str, ask: Asked, first: Job) -> Job:
+    """The quantization after the pruning `first`, checked before anything is pruned."""
+    facts = {t.name: {"kind": t.kind, "params": t.params, "mask_sha256": None} for t in first.layout.targets.values()}
+    try:
+        return prepare(model, method, "quantize", ask, unpacked.sparsity({"linears": facts}))
+    except CompressError as error:
+        hint = (error.hint or "").replace("--group-size", "--then-group-size")
+        if hint == "use --no-rotate":
+            hint = "without --then-bits, then compress quantize with that option"
+        raise CompressError(f"--then-bits {ask.options['bits']}: {error.message}", hint=hint, usage=error.exit_code == 2) from error
+
+
 def _prepare(model: str | Path, method: str, verb: str, ask: Asked) -> _Ready:
     job = prepare(model, method, verb, ask)
     calib = _calibrate(job, ask.dataset, ask) if job.needs_text else None
@@ -140,9 +165,9 @@ def _compress(model: str | Path, method: str, out: Path, verb: str, ask: Asked) 
 def _carry_out(ready: _Ready, out: Path, ask: Asked) -> bool:
     """Make the artifact, or find it made; whether something was there already."""
     job, mark = ready.job, ready.mark
-    out, work_path = _places(out, Path(ask.work_dir) if ask.work_dir is not None else None)
+    out, work_path = places(out, ask.work_dir)
     replace = not ask.resume or may_replace(work_path, mark)
-    if _already_done(out, mark, not ask.resume, replace):
+    if already_done(out, mark, not ask.resume, replace):
         if ask.work_dir is None:
             tidy(work_path)
         logger.info("%s is already there, made by the same job (--restart makes it again)", out)
@@ -151,7 +176,7 @@ def _carry_out(ready: _Ready, out: Path, ask: Asked) -> bool:
     resumed = work.done > 0 or any((work.path / part).exists() for part in ("reverse", "survey"))
     run = _Run(job, ask, work, ready.tokens, ready.domain)
     try:
-        _check_space(work, plan_shards(job.layout.plan, job.max_shard))
+        check_space(work, plan_shards(job.layout.plan, job.max_shard))
         with memory.long_run():
             run.all()
         _finish(run.job, work, {**ready.facts, "job": mark, "format": job.format})
@@ -161,13 +186,19 @@ def _carry_out(ready: _Ready, out: Path, ask: Asked) -> bool:
     return resumed
 
 
-def _holds_both(out: Path, pruned: str, method: str, then: dict[str, Any]) -> bool:
-    """Whether `out` is the quantized artifact of a pruning job with this fingerprint."""
-    if not (out / manifest.FILE).is_file():
-        return False
-    known = manifest.read(out)
-    same = known["source"].get("pruned", {}).get("job") == pruned and known["method"] == method.replace("-", "_").lower()
-    return same and all(known["config"].get(k) == v for k, v in then.items()) and not manifest.check_files(out, known)
+def _holds_both(out: Path, pruned: str, then: Job, facts: dict[str, Any], replace: bool, busy: bool) -> bool:
+    """Whether `out` is what `then` makes of the pruning job with the fingerprint `pruned`.
+
+    Another artifact there is an error, unless it may be replaced or the work has begun (`busy`) and will look itself.
+    """
+    mark = ""
+    if (out / manifest.FILE).is_file():
+        known = manifest.read(out)
+        if known["source"].get("pruned", {}).get("job") == pruned:
+            mark = _mark(then, {**facts, "source": known["source"], "extra": known["extra"]})
+        if busy and (replace or known.get("job") != mark):
+            return False
+    return already_done(out, mark, replace, replace)
 
 
 def _mark(job: Job, facts: dict[str, Any]) -> str:
@@ -246,10 +277,24 @@ def _finish(job: Job, work: WorkDir, facts: dict[str, Any]) -> None:
     artifact.write_manifest(work.artifact, {**facts, "linears": work.state["linears"], "search": work.state["search"]})
 
 
-def dry_run(model: str | Path, method: str, *, verb: str = "quantize", **options: Any) -> Estimate:
+def dry_run(
+    model: str | Path, method: str, *, verb: str = "quantize", then_bits: int | None = None, then_method: str = "gptq",
+    then_group_size: int = 128, **options: Any,
+) -> Estimate:  # fmt: skip
     """Predict an artifact's size, the peak memory and the time from headers alone; reads no weight. Options as the verb's."""
     ask = _ask(options)
     job = prepare(model, method, verb, ask)
+    first = _estimate(job, ask)
+    if then_bits is None:
+        return first
+    second = _second(options, then_bits, then_group_size)
+    then = _estimate(_second_job(model, then_method, second, job), second)
+    peak, halves = max(first.peak_memory, then.peak_memory), all(t.dtype != "F32" for t in job.layout.targets.values())
+    return dataclasses.replace(then, peak_memory=peak, seconds=first.seconds + then.seconds, exact=then.exact and halves)
+
+
+def _estimate(job: Job, ask: Asked) -> Estimate:
+    """What one job will cost."""
     size = sum(s.size for s in plan_shards(job.layout.plan, job.max_shard))
     tokens = job.nsamples * job.expand * (job.seqlen or 0) if job.observes or job.survey_observes else 0
     windows = (tokens, job.batch_size, job.seqlen or 0)
@@ -264,12 +309,13 @@ def dry_run(model: str | Path, method: str, *, verb: str = "quantize", **options
     return dataclasses.replace(found, peak_memory=peak, seconds=found.seconds + seconds, exact=exact)
 
 
-def _calibrate(job: Job, dataset: str | Path | None, ask: Asked, nsamples: int | None = None) -> calibration.Calibration:
+def _calibrate(job: Job, dataset: str | Path | None, ask: Asked, domain: bool = False) -> calibration.Calibration:
+    """The windows of a job's text, or of its domain's."""
     assert job.seqlen is not None
     tokenizer = calibration.load_tokenizer(job.folder, ask.trust_remote_code)
     vocab = job.skeleton.model.get_input_embeddings().num_embeddings
-    count = job.nsamples if nsamples is None else nsamples
-    return calibration.load(dataset, tokenizer, nsamples=count, seqlen=job.seqlen, seed=ask.seed, vocab=vocab)
+    count, option = (job.samples, "--domain-dataset") if domain else (job.nsamples, "--dataset")
+    return calibration.load(dataset, tokenizer, nsamples=count, seqlen=job.seqlen, seed=ask.seed, vocab=vocab, option=option)
 
 
 def _domain(job: Job, ask: Asked) -> calibration.Calibration | None:
@@ -282,16 +328,17 @@ def _domain(job: Job, ask: Asked) -> calibration.Calibration | None:
             f"{job.method_name} needs --domain-dataset" if wanted else f"--domain-dataset means nothing to {job.method_name}",
             hint="a .txt, .jsonl or .parquet file of the domain" if wanted else "use -m dpruner, or --dataset", usage=True,
         )  # fmt: skip
-    return _calibrate(job, ask.domain_dataset, ask, job.samples)
+    return _calibrate(job, ask.domain_dataset, ask, domain=True)
 
 
 def _facts(
-    job: Job, calib: calibration.Calibration | None, domain: calibration.Calibration | None, seed: int | None
+    job: Job, calib: calibration.Calibration | None, domain: calibration.Calibration | None, seed: int | None,
+    origin: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The manifest's provenance, known before the work starts."""
+    """The manifest's provenance, known before the work starts; `origin` stands for the source where its files are not there yet."""
     return {
         "tool": f"{TOOL} {metadata.version(TOOL)}",
-        "source": {
+        "source": origin if origin is not None else {
             "name": job.name,
             "revision": source.revision(job.folder),
             "files": source.hashes(job.folder, job.view.reader.files()),
@@ -307,59 +354,6 @@ def _facts(
         "extra": job.view.extra,
         **job.widths.record(),
     }
-
-
-def _places(out: Path, work_dir: Path | None) -> tuple[Path, Path]:
-    """The output folder and the work folder, with their parents made; the artifact must move by a rename between them."""
-    if not out.absolute().name:
-        raise CompressError(f"{out} cannot be an output folder", hint="give -o a new name", usage=True)
-    work = work_dir if work_dir is not None else out.absolute().with_name(out.absolute().name + ".partial")
-    a, b = out.resolve(), work.resolve()
-    if a == b or a in b.parents or b in a.parents:
-        raise CompressError(f"{out} and --work-dir {work} lie inside each other", hint="put them side by side", usage=True)
-    with disk_errors(out):
-        for path in (out, work):
-            path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    if out.absolute().parent.stat().st_dev != work.absolute().parent.stat().st_dev:
-        raise CompressError(
-            f"--work-dir {work} and {out} are on different file systems", hint="put both on one: the artifact is moved by a rename"
-        )
-    return out, work
-
-
-def _already_done(out: Path, mark: str, restart: bool, replace: bool) -> bool:
-    if not out.exists():
-        return False
-    if not out.is_dir():
-        raise CompressError(f"{out}: exists and is not a folder", hint="choose another -o")
-    if not any(out.iterdir()):
-        return False
-    try:
-        known = manifest.read(out)
-    except CompressError as error:
-        raise CompressError(f"{out}: exists and is not an artifact of compress", hint="choose another -o, or remove it") from error
-    if not str(known.get("tool", "")).startswith(TOOL):
-        raise CompressError(f"{out}: exists and was written by another tool", hint="choose another -o, or remove it")
-    if restart or (replace and known.get("job") != mark):
-        return False
-    if known.get("job") != mark:
-        raise CompressError(f"{out}: holds the result of another job", hint="--restart replaces it; or choose another -o")
-    problems = manifest.check_files(out, known)
-    if problems:
-        raise CompressError(f"{out}: damaged ({problems[0]})", hint="--restart makes it again")
-    return True
-
-
-def _check_space(work: WorkDir, shards: list[Shard]) -> None:
-    """Refuse to start what cannot be finished: hours are cheaper before than after."""
-    need = sum(s.size for s in shards)
-    have = sum(p.stat().st_blocks * 512 for p in work.artifact.iterdir() if p.is_file())
-    free = shutil.disk_usage(work.path).free
-    if need - have > free:
-        raise CompressError(
-            f"{work.path}: the artifact needs {(need - have) / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free",
-            hint="free some space, or choose an -o on another disk",
-        )
 
 
 def _report(job: Job, out: Path, began: float, resumed: bool) -> Report:

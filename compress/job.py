@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +24,7 @@ from compress.models.skeleton import Skeleton, load_config
 from compress.models.view import CheckpointView
 from compress.pipeline import layout
 from compress.pipeline.choices import WIDTH_SAMPLES, Choices, Widths, reducers
-from compress.types import Progress
+from compress.types import Progress, Sparsity
 
 logger = logging.getLogger(__name__)
 _BATCH_TOKENS = 1024
@@ -120,24 +122,36 @@ class Job:
 def make_config(method: ModuleType, options: Mapping[str, Any]) -> Any:
     """The method's Config from keyword options; an unknown one is answered with the nearest."""
     known = [f.name for f in dataclasses.fields(method.Config)]
-    for key in options:
+    hints = typing.get_type_hints(method.Config)
+    for key, value in options.items():
         if key not in known:
             raise CompressError(f"unknown option {key!r}", hint=nearest(key, known), usage=True)
+        if not _fits(value, hints[key]):
+            wanted = getattr(hints[key], "__name__", str(hints[key]))
+            raise CompressError(f"{key} is {value!r}, wanted {wanted}", hint="its default is right for most", usage=True)
     return method.Config(**options)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value is of an option's type; an int is a float too, a bool is neither."""
+    kinds = typing.get_args(hint) or (hint,)
+    if isinstance(value, bool):
+        return bool in kinds
+    return any(isinstance(value, (int, float) if kind is float else kind) for kind in kinds)
 
 
 def _scale_to_model(config: Any, plan: layout.Layout, view: CheckpointView) -> Any:
     """The config with its share of zeros, given of the whole model, made that of the linears."""
     linears = sum(t.shape[0] * t.shape[1] for t in plan.targets.values())
     total = sum(torch.Size(view.shape(n)).numel() for n in view.names)
-    asked = config.sparsity
     if config.pattern:
         raise CompressError("--of-model goes with --sparsity, a pattern has its own", hint="drop one of them", usage=True)
+    asked = config.share
     share = asked * total / linears
     if share > 1:
         raise CompressError(
             f"--sparsity {asked} of the model is {share:.2f} of its linears, which hold {linears / total:.1%} of its weights",
-            hint=f"at most --sparsity {linears / total:.2f} with --of-model", usage=True,
+            hint=f"at most --sparsity {math.floor(1e4 * linears / total) / 1e4} with --of-model", usage=True,
         )  # fmt: skip
     logger.info("%.4g of the whole model: %.4f of the linears", asked, share)
     return dataclasses.replace(config, sparsity=share)
@@ -155,8 +169,11 @@ def _warn_of_size(plan: layout.Layout, view: CheckpointView) -> None:
         logger.warning("the compressed linears take %.2f of the dense ones' bytes: use --format dense%s", after / before, hint)
 
 
-def prepare(model: str | Path, method: str, verb: str, ask: Asked) -> Job:
-    """Check every option against the checkpoint's headers."""
+def prepare(model: str | Path, method: str, verb: str, ask: Asked, pruned: Mapping[str, Sparsity] | None = None) -> Job:
+    """Check every option against the checkpoint's headers.
+
+    `pruned` is what will be known of the checkpoint's zeros once it has been pruned, where that is still to be done.
+    """
     module = registry.load("methods", method)
     made_by = registry.verb(method)
     if made_by != verb:
@@ -168,7 +185,8 @@ def prepare(model: str | Path, method: str, verb: str, ask: Asked) -> Job:
     known = unpacked.read(folder)
     hf_config = load_config(folder, ask.trust_remote_code, compressed=known is not None)
     rotation = module.transform(config) if hasattr(module, "transform") else None
-    skeleton, view = rotate.open_model(folder, hf_config, rotation, ask.trust_remote_code, ask.keep_zeros, known)
+    skeleton, view = rotate.open_model(folder, hf_config, rotation, ask.trust_remote_code, ask.keep_zeros or bool(pruned), known)
+    view.sparsity = view.sparsity if pruned is None else pruned
     if any(s.wrapped for s in view.sparsity.values()) and not (getattr(module, "CORES", False) and form != layout.DENSE):
         raise CompressError(
             f"{folder}: an armor artifact, of which only the cores can be quantized, by gptq, rsq --no-rotate or rtn, and packed",

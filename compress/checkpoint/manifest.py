@@ -44,7 +44,27 @@ def read(folder: Path) -> dict[str, Any]:
             f"{folder / FILE}: schema {manifest.get('schema')!r}, this version reads {SCHEMA}",
             hint="upgrade llm-compress",
         )
+    why = _malformed(manifest)
+    if why is not None:
+        raise CompressError(f"{folder / FILE}: {why}", hint="it was edited or cut off: copy the artifact again")
     return manifest
+
+
+def _malformed(manifest: dict[str, Any]) -> str | None:
+    """What of the manifest is not as every reader of it takes for granted; None where all is."""
+    parts: tuple[tuple[str, type], ...] = (("source", dict), ("files", dict), ("linears", dict), ("search", list), ("config", dict))
+    for key, kind in parts:
+        if not isinstance(manifest.get(key), kind):
+            return f"{key} is missing or not a {kind.__name__}"
+    if not manifest["linears"]:
+        return "it names no linear"
+    number = (int, float)
+    wanted: dict[str, Any] = {"kind": str, "version": int, "params": dict, "shape": list, "bits": number, "error": number}
+    for name, entry in manifest["linears"].items():
+        wrong = [key for key, of in wanted.items() if not isinstance(entry, dict) or not isinstance(entry.get(key), of)]
+        if wrong or len(entry["shape"]) != 2 or not all(isinstance(n, int) and n > 0 for n in entry["shape"]):
+            return f"{name} has no proper {wrong[0] if wrong else 'shape'}"
+    return None
 
 
 def check_files(folder: Path, manifest: dict[str, Any]) -> list[str]:

@@ -13,7 +13,9 @@ from compress import registry
 from compress.checkpoint import dtypes, manifest
 from compress.checkpoint.reader import CheckpointReader, Entry
 from compress.errors import CompressError
-from compress.types import Packed, Sparsity, Wrappers
+from compress.types import Packed, Sparsity, TensorSpec, Wrappers
+
+_DAMAGED = "the artifact is damaged: copy it again"
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -67,14 +69,29 @@ class UnpackedReader(CheckpointReader):
 
     def _stand_in(self, linear: str, entry: Mapping[str, Any]) -> None:
         shape = (int(entry["shape"][0]), int(entry["shape"][1]))
-        suffixes = registry.by_kind(entry["kind"]).spec(entry["params"], shape, "F16")
+        suffixes = self._spec(linear, "F16")
         parts = [self.entry(f"{linear}.{suffix}") for suffix in suffixes]
         dtype = next(e.dtype for e in parts if e.dtype in dtypes.FLOATS)
-        for suffix in suffixes:
+        for suffix, (kind, size) in self._spec(linear, dtype).items():
+            saw = self.entry(f"{linear}.{suffix}")
+            if (saw.dtype, saw.shape) != (kind, size):
+                raise CompressError(
+                    f"{self.folder}: {linear}.{suffix} is {saw.dtype} {saw.shape}, its format asks for {kind} {size}", hint=_DAMAGED
+                )
             del self.entries[f"{linear}.{suffix}"]
         name = f"{linear}.weight"
         stored = shape[::-1] if name in self._transposed else shape
         self.entries[name] = Entry(parts[0].file, dtype, stored, -1, math.prod(shape) * dtypes.itemsize(dtype))
+
+    def _spec(self, linear: str, dtype: str) -> Mapping[str, TensorSpec]:
+        """The tensors that a linear has in its format, for floats of `dtype`."""
+        facts = self._known[linear]
+        shape = (int(facts["shape"][0]), int(facts["shape"][1]))
+        try:
+            found: Mapping[str, TensorSpec] = registry.by_kind(facts["kind"]).spec(facts["params"], shape, dtype)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise CompressError(f"{self.folder}: {linear} has params {facts['params']} in its manifest", hint=_DAMAGED) from error
+        return found
 
     def read(self, name: str) -> torch.Tensor:
         entry = self.entry(name)
@@ -84,11 +101,11 @@ class UnpackedReader(CheckpointReader):
         facts = self._known[linear]
         module = registry.by_kind(facts["kind"])
         shape = (int(facts["shape"][0]), int(facts["shape"][1]))
-        tensors = {suffix: self._part(f"{linear}.{suffix}") for suffix in module.spec(facts["params"], shape, entry.dtype)}
+        tensors = {suffix: self._part(f"{linear}.{suffix}") for suffix in self._spec(linear, entry.dtype)}
         packed = Packed(module.KIND, module.VERSION, facts["params"], tensors, shape)
         problems = module.problems(packed) if hasattr(module, "problems") else []
         if problems:
-            raise CompressError(f"{linear}: {problems[0]}", hint="the artifact is damaged: copy it again")
+            raise CompressError(f"{linear}: {problems[0]}", hint=_DAMAGED)
         W: torch.Tensor = registry.pruned(packed).to(dtypes.TORCH[entry.dtype])
         return W.T.contiguous() if name in self._transposed else W
 

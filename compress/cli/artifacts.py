@@ -31,6 +31,9 @@ def inspect_artifact(
     changed = ", ".join(f"{k}={v}" for k, v in d.config.items())
     print(f"{artifact}: {d.name}, {d.method}, format {d.format}")
     print(f"  settings   {changed}")
+    if d.pruned:
+        amount = d.pruned["config"].get("pattern") or f"{d.pruned['config'].get('sparsity') or 0.5:.4g}"
+        print(f"  pruned     before, by {d.pruned['method']}, {amount}")
     print(f"  linears    {d.linears} at {d.bits_linears:.3f} bits per weight")
     for part, counts in d.widths.items():
         print(f"               {part}: " + ", ".join(f"{n} at {bits} bits" for bits, n in sorted(counts.items())))

@@ -142,7 +142,7 @@ def _run(verb: str, common: dict[str, Any], options: dict[str, Any]) -> None:
     model, method = common.pop("model"), common.pop("method")
     resume = not common.pop("restart")
     if dry:
-        skip = ("dataset", "seed", "work_dir", "then_bits", "then_method", "then_group_size")
+        skip = ("dataset", "seed", "work_dir")
         rest = {k: v for k, v in common.items() if k not in skip}
         _print_estimate(fit.dry_run(model, method, verb=verb, **rest, **options), as_json)
         return

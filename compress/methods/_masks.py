@@ -25,7 +25,7 @@ def zeros(sparsity: float, count: int) -> int:
 
 def parse_pattern(text: str) -> tuple[int, int]:
     """(N, M) of "N:M": N kept of every M consecutive inputs."""
-    found = re.fullmatch(r"(\d+):(\d+)", text.strip())
+    found = re.fullmatch(r"(\d{1,2}):(\d{1,2})", text.strip(), re.ASCII)
     n, m = (int(found[1]), int(found[2])) if found else (0, 0)
     if not 0 < n < m <= 64:
         raise CompressError(

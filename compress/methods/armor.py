@@ -15,6 +15,7 @@ r1 and r2 of the normalisation are folded into B and A. Served as y = A S B x.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,9 +61,13 @@ class Config(_sparsity.Sparse):
             raise CompressError(f"--mode {self.mode!r} is unknown", hint=nearest(self.mode, list(MODES)), usage=True)
         if not self.pattern:
             raise CompressError("armor prunes to a pattern", hint="--pattern 2:4", usage=True)
-        if self.block < self.nm[1] or min(self.iters, self.restarts) < 0 or not self.lr > 0 or not 0 <= self.damp <= 10:
-            given = f"--block {self.block}, --restarts {self.restarts}, --iters {self.iters}, --lr {self.lr} or --damp {self.damp}"
-            raise CompressError(f"{given} is out of range", hint="128, 16, 20000, 1e-4 and 0.01 are usual", usage=True)
+        for name, least, most, usual in (
+            ("block", self.nm[1], math.inf, 128), ("restarts", 0, math.inf, 16), ("iters", 0, math.inf, 20_000),
+            ("lr", 1e-12, 1, 1e-4), ("damp", 0, 10, 0.01),
+        ):  # fmt: skip
+            if not least <= getattr(self, name) <= most:
+                wanted = f"at least {least}" if most == math.inf else f"in {least}..{most}"
+                raise CompressError(f"--{name} {getattr(self, name)} is not {wanted}", hint=f"{usual} is usual", usage=True)
 
     @property
     def quality_epochs(self) -> int:
@@ -161,7 +166,8 @@ def _linear(
             E = (W_hat - W) / r1 / r2.unsqueeze(1)
             return float((E.square() * h).sum(dtype=torch.float64) / total)
 
-    ones = _armor.Factors(torch.eye(b_out).expand_as(found.A), torch.eye(b_in).expand_as(found.B), W * plain.mask, plain.mask)
+    A, B = (torch.eye(b, device=W.device).expand_as(t) for b, t in ((b_out, found.A), (b_in, found.B)))
+    ones = _armor.Factors(A, B, W * plain.mask, plain.mask)
     base = _pack(ones, torch.ones_like(r1), torch.ones_like(r2), n, m, dtype, name)
     best = _pack(found, r1, r2, n, m, dtype, name)
     L0, L = measure(armor.dequantize(base).to(W.device)), measure(armor.dequantize(best).to(W.device))

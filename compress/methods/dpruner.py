@@ -36,6 +36,7 @@ __all__ = [
     "CALIBRATED", "DOMAIN", "VERB", "Config", "collects", "compress", "observes", "reducer", "settle", "survey", "survey_collects",
     "surveys", "workspace",
 ]  # fmt: skip
+_MOST = 1e12  # of a factor of the score: fp32 holds it times anything that a sane model has
 BLOCKS = 32  # column blocks of a matrix in iterative blocking, where no width is given (`code/save_model_iterative.py`)
 
 
@@ -72,8 +73,11 @@ class Config(_sparsity.Sparse):
             if getattr(self, name) < 1:
                 raise CompressError(f"--{name} {getattr(self, name)} is not a number of windows", hint="use 1 or more", usage=True)
         for name in ("lam", "lr", "reg_scale", "c1", "c2", "c3", "general_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise CompressError(f"--{name.replace('_', '-')} must be 0 or more", hint="0 switches its term off", usage=True)
+            if not 0 <= getattr(self, name) <= _MOST:
+                flag = name.replace("_", "-")
+                raise CompressError(f"--{flag} is not in 0..{_MOST:g}", hint="0 switches its term off", usage=True)
+        if self.penalty > _MOST:
+            raise CompressError("--lam, --lr and --reg-scale make a penalty beyond fp32", hint="0.1, 0.03 and 1e-3", usage=True)
         if not (self.c1 or self.c2 or self.c3 or self.general_weight):
             raise CompressError("every term of the score is switched off", hint="leave --c2 at its default", usage=True)
         if not 0 <= self.damp <= 10:
@@ -148,6 +152,8 @@ class Important:
         self._here.add(name)
         g = dy.float().T @ x.float()
         self._step[name] = self._step[name].add_(g) if name in self._step else g
+        if self._config.batch == 1:
+            self._finish(1)
 
     def _finish(self, batch: int) -> None:
         """A step is over: its mean gradients go into I."""

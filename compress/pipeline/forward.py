@@ -200,7 +200,7 @@ class Forward(BlockWalk):
         if not (self.walk.sparse or name in block.sparse):
             return {}
         W = registry.pruned(packed)
-        kept = (block.weights[name] if name in block.sparse else W) != 0
+        kept = (W if self.walk.sparse else block.weights[name]) != 0  # a pruning method chooses a mask anew
         lost = int(((W != 0) & ~kept.to(W.device)).sum())
         if lost:
             why = f"{target}: {lost} pruned weights came back"

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,6 @@ def may_replace(path: Path, job: str) -> bool:
     return job_of(path) == job and bool(read_json(path / "job.json").get("replace"))
 
 
-
 @dataclass(frozen=True, slots=True)
 class Kept:
     """What a walk kept of each block: a file per block, replaced atomically, so that each is a resume point."""
@@ -169,9 +168,9 @@ class Kept:
     def path(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
 
-    def read(self, index: int) -> dict[str, torch.Tensor]:
-        """A block's result."""
-        return read_kept(self.path(index))
+    def read(self, index: int, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
+        """A block's result, or the tensors of it that are wanted by name."""
+        return read_kept(self.path(index), wanted)
 
     def has(self, index: int) -> bool:
         """Whether a block's result is there, whole and of this job."""
@@ -189,7 +188,7 @@ class Kept:
         return {"of": f"block {index} of job {self.job}"}  # one entry: safetensors orders several as it likes
 
 
-def read_kept(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of one block's result."""
+def read_kept(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
+    """The tensors of one block's result that are wanted by name."""
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118

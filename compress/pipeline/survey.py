@@ -29,9 +29,14 @@ class Survey(BlockWalk):
         super().__init__(walk, bool(getattr(walk.config, "survey_propagate", False)) and walk.tokens is not None)
         self._kept = Kept(folder, job)
 
+    @property
+    def recovers(self) -> bool:
+        """No: nothing is trained yet, so the dense model's states are not carried along."""
+        return False
+
     def result(self, index: int) -> Tensors:
         """What the method kept of a block."""
-        return {name: t for name, t in self._kept.read(index).items() if not name.startswith(_SEEN)}
+        return self._kept.read(index, lambda name: not name.startswith(_SEEN))
 
     @torch.no_grad()
     def run(self) -> None:
@@ -78,8 +83,7 @@ class Survey(BlockWalk):
     def _finished(self, index: int) -> Tensors:
         """A surveyed block's parameters as later blocks see them."""
         block: Block = self.split(index)
-        kept = self._kept.read(index)
-        seen = {n.removeprefix(_SEEN): W for n, W in kept.items() if n.startswith(_SEEN)}
+        seen = {n.removeprefix(_SEEN): W for n, W in self._kept.read(index, lambda name: name.startswith(_SEEN)).items()}
         return self.blocks.compute(index, {**self.blocks.tensors(block), **_weights(seen)})
 
 

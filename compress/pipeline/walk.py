@@ -134,12 +134,14 @@ class BlockWalk(ABC):
         if done:
             logger.info("resuming at block %d of %d: replaying the calibration states", done + 1, len(walk.skeleton.blocks))
         for index in range(done):
-            plain = {} if self.propagate and self.dense is None else self.blocks.compute(index, self.blocks.load(index))
-            self._advance(index, self._finished(index) if self.propagate else plain)
+            self._advance(index, self._finished(index) if self.propagate else self._dense(index))
             if self.dense is not None:
-                self.dense = self._outputs(index, plain, self.dense)
-            del plain
+                self.dense = self._outputs(index, self._dense(index), self.dense)
             memory.trim()
+
+    def _dense(self, index: int) -> Tensors:
+        """A block's parameters as the checkpoint has them."""
+        return self.blocks.compute(index, self.blocks.load(index))
 
     @property
     def recovers(self) -> bool:

@@ -1,0 +1,237 @@
+"""Pruning, attacked: options of the second step, other calibration, kills in the removal, pruned twice, damaged artifacts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Outcome, tree
+from safetensors.torch import load_file, save_file
+
+import compress
+from compress.checkpoint import manifest
+from compress.errors import CompressError
+from compress.methods import dpruner
+from compress.types import Block
+
+SMALL: dict[str, Any] = {"nsamples": 4, "seqlen": 16}
+BOTH: dict[str, Any] = {"pattern": "2:4", "then_bits": 4, "then_group_size": 32}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "t.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (["--then-bits", 5], "--then-bits 5: --bits 5 is not supported"),
+        (["--then-bits", 4, "--then-group-size", 96], "cannot be split into groups of 96"),
+        (["--then-bits", 4, "--then-group-size", 2, "--pattern", "2:4"], "no multiple of 4"),
+        (["--then-bits", 4, "--then-method", "rsq", "--then-group-size", 32], "a rotation would fill its zeros"),
+        (["-m", "armor", "--then-bits", 4, "--then-method", "awq", "--block", 16, "--then-group-size", 32], "only the cores"),
+    ],
+)
+def test_the_second_step_is_checked_before_the_first(
+    args: list[object], why: str, pico: Callable[..., Path], tmp_path: Path, cli: Callable[..., Outcome]
+) -> None:
+    own = [] if "-m" in args else ["-m", "magnitude"]
+    done = cli("prune", pico("llama", torch.bfloat16), *own, *args, "--seqlen", 16, "-o", tmp_path / "out")
+    assert (done.code, why in done.err, "hint:" in done.err) == (2, True, True), done.err
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_dry_run_of_both_steps_is_exact(pico: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    from compress.fit import dry_run
+
+    source = pico("llama", torch.bfloat16)
+    told = dry_run(source, "magnitude", verb="prune", **SMALL, **BOTH)
+    report = compress.prune(source, "magnitude", tmp_path / "out", dataset=text, **SMALL, **BOTH)
+    assert told.exact
+    assert told.artifact_bytes == report.bytes
+
+
+def test_another_calibration_is_another_job_also_where_only_the_second_step_reads_it(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    source, out = pico("llama", torch.bfloat16), tmp_path / "out"
+    compress.prune(source, "magnitude", out, dataset=text, **SMALL, **BOTH)
+    before = tree(out)
+    assert compress.prune(source, "magnitude", out, dataset=text, **SMALL, **BOTH).resumed
+    with pytest.raises(CompressError, match="result of another job"):
+        compress.prune(source, "magnitude", out, dataset=text, **{**SMALL, "nsamples": 2}, **BOTH)
+    assert tree(tmp_path) == {f"out/{name}": data for name, data in before.items()}
+    compress.prune(source, "magnitude", out, dataset=text, resume=False, **{**SMALL, "nsamples": 2}, **BOTH)
+    assert tree(out).keys() == before.keys()
+    assert tree(out) != before
+
+
+def test_what_a_kill_leaves_of_the_pruned_artifact_is_removed(pico: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    source, out, between = pico("llama", torch.bfloat16), tmp_path / "out", tmp_path / "out.pruned.partial"
+    compress.prune(source, "magnitude", out, dataset=text, **SMALL, **BOTH)
+    compress.prune(source, "magnitude", between, pattern="2:4", dataset=text, **SMALL)
+    (between / "model.safetensors").unlink()
+    before = tree(out)
+    assert compress.prune(source, "magnitude", out, dataset=text, **SMALL, **BOTH).resumed
+    assert tree(tmp_path) == {f"out/{name}": data for name, data in before.items()}
+
+
+def test_ignored_linears_stay_dense_through_both_steps(pico: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    source = pico("llama", torch.bfloat16)
+    compress.prune(source, "magnitude", tmp_path / "out", dataset=text, ignore=("re:.*q_proj",), **SMALL, **BOTH)
+    assert not any(name.endswith("q_proj") for name in manifest.read(tmp_path / "out")["linears"])
+
+
+def test_the_default_share_and_the_greatest_one_are_of_the_model(
+    pico: Callable[..., Path], tmp_path: Path, cli: Callable[..., Outcome]
+) -> None:
+    source = pico("llama", torch.bfloat16)
+    assert compress.prune(source, "magnitude", tmp_path / "half", of_model=True).zeros_model == pytest.approx(0.5, abs=1e-3)
+    job = ["prune", source, "-m", "magnitude", "--of-model", "-o"]
+    done = cli(*job, tmp_path / "most", "--sparsity", 0.99)
+    assert (done.code, "--sparsity 0.99 of the model is" in done.err) == (2, True), done.err
+    most = done.err.split("at most --sparsity ")[1].split()[0]
+    assert cli(*job, tmp_path / "most", "--sparsity", most).code == 0
+
+
+def test_a_pruned_artifact_pruned_again_records_its_new_mask(
+    pico: Callable[..., Path], text: Path, tmp_path: Path, cli: Callable[..., Outcome]
+) -> None:
+    compress.prune(pico("llama", torch.bfloat16), "magnitude", tmp_path / "one", pattern="2:4")
+    compress.prune(tmp_path / "one", "sparsegpt", tmp_path / "two", pattern="1:4", dataset=text, **SMALL)
+    first, again = (manifest.read(tmp_path / f)["linears"] for f in ("one", "two"))
+    compress.prune(tmp_path / "one", "sparsegpt", tmp_path / "dense", pattern="1:4", dataset=text, format="dense", **SMALL)
+    (tmp_path / "dense" / "manifest.json").unlink()
+    compress.quantize(tmp_path / "dense", "rtn", tmp_path / "q", group_size=32, keep_zeros=True)
+    for name, entry in manifest.read(tmp_path / "q")["linears"].items():
+        assert again[name]["mask_sha256"] == entry["mask_sha256"] != first[name]["mask_sha256"]
+        assert again[name]["density"] <= 0.25
+    assert cli("verify", tmp_path / "two", "--deep", "--source", tmp_path / "one").code == 0
+
+
+def test_a_dense_artifact_that_breaks_its_pattern_is_noticed(pico: Callable[..., Path], tmp_path: Path) -> None:
+    from compress.audit import verify
+
+    for family in ("llama", "gpt2"):
+        out = tmp_path / family
+        compress.prune(pico(family, torch.bfloat16), "magnitude", out, pattern="2:4", format="dense")
+        assert verify(out) == []
+        tensors = load_file(out / "model.safetensors")
+        name = f"{next(iter(manifest.read(out)['linears']))}.weight"
+        tensors[name].view(-1)[:] = 1
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+        known = manifest.read(out)
+        (out / manifest.FILE).write_text(json.dumps({**known, "files": manifest.file_table(out)}))
+        assert [name.removesuffix(".weight") in why and "more than 2 of 4" in why for why in verify(out)] == [True]
+
+
+def test_a_quantized_pruned_artifact_says_what_it_was_made_from(
+    pico: Callable[..., Path], text: Path, tmp_path: Path, cli: Callable[..., Outcome]
+) -> None:
+    source, out = pico("llama", torch.bfloat16), tmp_path / "out"
+    compress.prune(source, "magnitude", out, dataset=text, **SMALL, **BOTH)
+    done = cli("verify", out, "--deep", "--source", source)
+    assert (done.code, "made from a pruned artifact" in done.err) == (1, True), done.err
+    compress.prune(source, "magnitude", tmp_path / "pruned", pattern="2:4")  # as the hint says
+    done = cli("verify", out, "--deep", "--source", tmp_path / "pruned")
+    assert done.code == 0, done.err
+    assert "by magnitude, 2:4" in cli("inspect", out).out
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda m: m.pop("linears"), "linears is missing"),
+        (lambda m: m.update(linears={}), "names no linear"),
+        (lambda m: next(iter(m["linears"].values())).pop("shape"), "no proper shape"),
+        (lambda m: next(iter(m["linears"].values())).update(shape=[4, -4]), "no proper shape"),
+        (lambda m: next(iter(m["linears"].values())).update(params={}), "has params"),
+    ],
+    ids=["none", "empty", "no-shape", "shape", "params"],
+)
+def test_a_manifest_that_was_edited_is_named_by_every_command(
+    change: Callable[[dict[str, Any]], object], why: str, pico: Callable[..., Path], tmp_path: Path, cli: Callable[..., Outcome]
+) -> None:
+    out = tmp_path / "out"
+    compress.prune(pico("llama", torch.bfloat16), "magnitude", out)
+    known = manifest.read(out)
+    change(known)
+    (out / manifest.FILE).write_text(json.dumps(known))
+    for command in (["verify", out], ["quantize", out, "-m", "rtn", "--group-size", 32, "-o", tmp_path / "q"]):
+        done = cli(*command)
+        assert (done.code, why in done.err, "hint:" in done.err) == (1, True, True), done.err
+
+
+def test_a_tensor_of_another_dtype_is_named_before_the_artifact_is_quantized(
+    pico: Callable[..., Path], tmp_path: Path, cli: Callable[..., Outcome]
+) -> None:
+    out = tmp_path / "out"
+    compress.prune(pico("llama", torch.bfloat16), "magnitude", out, pattern="2:4")
+    tensors = load_file(out / "model.safetensors")
+    name = next(n for n in tensors if n.endswith(".meta"))
+    tensors[name] = tensors[name].to(torch.int32)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    done = cli("quantize", out, "-m", "rtn", "--group-size", 32, "-o", tmp_path / "q")
+    assert (done.code, f"{name} is I32" in done.err) == (1, True), done.err
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (["-m", "armor", "--lr", "inf"], "--lr inf is not in"),
+        (["-m", "armor", "--block", "2"], "--block 2 is not at least 4"),
+        (["-m", "dpruner", "--c2", "1e300"], "--c2 is not in 0..1e+12"),
+        (["-m", "dpruner", "--lr", "1e12"], "a penalty beyond fp32"),
+        (["-m", "dpruner", "--domain-dataset", "nothing.txt"], "--domain-dataset nothing.txt: no such file"),
+        (["-m", "magnitude", "--pattern", "٢:٤"], "is not N:M"),
+    ],
+)
+def test_more_bad_options(
+    args: list[str], why: str, pico: Callable[..., Path], tmp_path: Path, cli: Callable[..., Outcome]
+) -> None:
+    done = cli("prune", pico("llama"), *args, "-o", tmp_path / "out", "--nsamples", 2, "--seqlen", 8)
+    assert (done.code, why in done.err, "hint:" in done.err) == (2, True, True), done.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"sparsity": "0.5"}, {"sparsity": True}, {"pattern": 24}, {"recover": 1.5}, {"scope": None}, {"target_bpw": 3.0}],
+)
+def test_an_option_of_another_type_or_verb_is_an_error_from_python_too(
+    options: dict[str, Any], pico: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(CompressError, match=next(iter(options))):
+        compress.prune(pico("llama"), "magnitude", tmp_path / "out", **options)
+
+
+def test_steps_of_one_window_keep_no_gradient() -> None:
+    weights = {"a": torch.ones(3, 4)}
+    block = Block(0, weights, {}, (("a",),), (), frozenset(), {"a": {"nnz": 6}})
+    reducer = dpruner.Important(block, dpruner.Config(general_weight=0.0, lam=0.0))
+    reducer.add("a", torch.ones(2, 4), torch.ones(2, 3))
+    assert not reducer._step
+    assert torch.equal(reducer.result()["score:a"], torch.full((3, 4), 4 * 5e-4))
+
+
+def test_a_folder_of_a_stranger_is_never_taken_for_what_a_kill_left(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    source, out, between = pico("llama", torch.bfloat16), tmp_path / "out", tmp_path / "out.pruned.partial"
+    compress.prune(source, "magnitude", out, dataset=text, **SMALL, **BOTH)
+    between.mkdir()
+    (between / "mine.txt").write_text("keep")
+    compress.prune(source, "magnitude", out, dataset=text, **SMALL, **BOTH)
+    assert (between / "mine.txt").read_text() == "keep"
+    shutil.rmtree(out)
+    with pytest.raises(CompressError, match="not an artifact of compress"):
+        compress.prune(source, "magnitude", out, dataset=text, **SMALL, **BOTH)
+    assert (between / "mine.txt").read_text() == "keep"
