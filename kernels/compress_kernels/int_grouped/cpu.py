@@ -58,7 +58,7 @@ def width(bits: int, group_size: int) -> int:
 
 
 def sub_group(group_size: int, bits: int) -> int:
-    """Columns of an activation's scale: the largest divisor of a group that is at most 32, or the chunk, and a multiple of the chunk."""
+    """Columns of an activation's scale: the largest divisor of a group, multiple of the chunk, that is at most 32."""
     return max(s for s in range(CHUNK[bits], min(group_size, MOST) + 1, CHUNK[bits]) if group_size % s == 0)
 
 
