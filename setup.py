@@ -22,6 +22,7 @@ KERNELS = HERE / "kernels" / "compress_kernels"
 KINDS = ("int_grouped", "bitmask")
 X86 = {0: [], 1: ["-mavx2", "-mfma", "-mf16c", "-mpopcnt"]}
 X86[2] = [*X86[1], "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
+X86[3] = [*X86[2], "-mavx512vbmi2", "-mavx512bf16"]
 ISAS = X86 if platform.machine() in ("x86_64", "AMD64") else {0: []}
 
 

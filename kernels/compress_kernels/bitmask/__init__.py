@@ -35,7 +35,7 @@ def prepare(
     decode = tiled.decoder(mask, values, bounds, rows)
 
     def native() -> masked.Weight:
-        return masked.prepare(_sparse.unpack_codes(mask, 1, shape[1]), values)
+        return masked.prepare(_sparse.unpack_codes(mask, 1, shape[1]), masked.rounded(values, dtype))
 
     return _sparse.choose("bitmask", shape, dtype, rows, decode, (mask, values, bounds), (rows,), native)
 

@@ -1,7 +1,7 @@
 """The C++ library for CPUs: found, loaded and described to ctypes. Without it everything runs, slower, in torch.
 
 The package's build compiles it where a C++ compiler is there (setup.py). One file serves every CPU: it asks the machine for
-its instruction set, and COMPRESS_ISA (`avx512`, `avx2`, `scalar`) asks for a lower one. It is loaded after torch, so that both
+its instruction set, and COMPRESS_ISA (one of ISAS) asks for a lower one. It is loaded after torch, so that both
 share one OpenMP runtime and its threads.
 """
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
-ISAS = ("scalar", "avx2", "avx512")
+ISAS = ("scalar", "avx2", "avx512", "avx512-bf16")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ERRORS = {
     1: "a shape it cannot run",

@@ -21,9 +21,9 @@ struct Masked {
   int64_t K, N, group;     // group 0: values are floats; else columns of a scale of codes of 4 bits, 8 kept in every 16 columns
   int32_t value_type;      // of values, or of scales
   int32_t unused;
-  const uint8_t* mask;     // [N][ceil(K/16)*2] bits, lowest first, none beyond the last column
+  const uint8_t* mask;     // [N][ceil(K/32)*4] bits, lowest first, none beyond the last column
   const int64_t* start;    // [N+1] of each row's values
-  const void* values;      // floats, and 16 more beyond the last; or [N][K/16] words of 8 codes
+  const void* values;      // floats, and 32 more beyond the last; or [N][K/16] words of 8 codes, and 8 bytes more
   const void* scale;       // [N][K/group]
   const uint8_t* zero;     // the same, or null where the zero point is 8
 };

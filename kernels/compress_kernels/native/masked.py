@@ -14,9 +14,9 @@ import torch
 from compress_kernels import bits as bitpack
 from compress_kernels import native
 
-ROWS_OF_X = 32  # from more rows on, expanding tiles for the BLAS is faster
+ROWS_OF_X = 48  # from more rows on, expanding tiles for the BLAS is faster
 TILE = 1 << 20  # weights that are expanded together
-STEP = 16  # columns of a step, and what the values are padded by
+STEP = 32  # columns that a row of the mask is filled up to, and values beyond the last
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Weight:
 
     shape: tuple[int, int]
     group_size: int  # 0: floats
-    mask: torch.Tensor  # (O, 2 ceil(I/16)) uint8
+    mask: torch.Tensor  # (O, 4 ceil(I/32)) uint8
     start: torch.Tensor  # (O+1,) int64
-    values: torch.Tensor  # (nnz + 16,) floats, or (O, I/4) uint8, two codes in each
+    values: torch.Tensor  # (nnz + 32,) floats, or (O I/4 + 32,) uint8, two codes in each
     scale: torch.Tensor | None  # (O, G), of codes
     zero: torch.Tensor | None  # (O, G) uint8
     job: Any = field(default=None, compare=False, repr=False)
@@ -45,13 +45,18 @@ def can_run(dtype: torch.dtype, device: torch.device) -> str | None:
 
 def can_run_codes(bits: int, n: int, m: int, group_size: int) -> str | None:
     """None, or the reason why codes of `bits` bits, n of m kept, cannot be served."""
-    if bits != 4 or 2 * n != m or 16 % m or group_size % STEP:
+    if bits != 4 or 2 * n != m or 16 % m or group_size % 16:
         return f"{bits} bits, {n}:{m} and groups of {group_size}; cpu has 4 bits, half kept of 2, 4, 8 or 16, and groups of 16 k"
     return None
 
 
+def rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The values as bf16 where activations are: the reference rounds them so too, and the kernel multiplies pairs of bf16."""
+    return values.to(dtype) if dtype == torch.bfloat16 else values
+
+
 def _bits(kept: torch.Tensor) -> torch.Tensor:
-    """Mask (O, I) uint8 of 0 and 1 as bytes (O, 2 ceil(I/16))."""
+    """Mask (O, I) uint8 of 0 and 1 as bytes (O, 4 ceil(I/32))."""
     padded = torch.nn.functional.pad(kept, (0, -kept.shape[1] % STEP))
     return bitpack.pack(padded, 1).view(torch.uint8)[:, : padded.shape[1] // 8].contiguous()
 
@@ -65,9 +70,9 @@ def prepare(kept: torch.Tensor, values: torch.Tensor) -> Weight:
 def prepare_codes(kept: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> Weight:
     """A weight from kept (O, I), codes q (O, I/2) uint8 of the kept columns, scale (O, G) and zero (O, G) uint8 or None."""
     O, I = kept.shape
-    codes = q[:, ::2] | q[:, 1::2] << 4
+    codes = torch.nn.functional.pad((q[:, ::2] | q[:, 1::2] << 4).view(-1), (0, STEP))
     start = torch.zeros(0, dtype=torch.int64)
-    return make(_bits(kept), start, codes.contiguous(), scale.contiguous(), zero, (O, I), I // scale.shape[1])
+    return make(_bits(kept), start, codes, scale.contiguous(), zero, (O, I), I // scale.shape[1])
 
 
 def make(
@@ -96,7 +101,7 @@ def linear(x: torch.Tensor, w: Weight, bias: torch.Tensor | None = None) -> torc
 def _product(x: torch.Tensor, w: Weight) -> torch.Tensor:
     O, I = w.shape
     if x.numel() <= ROWS_OF_X * I:
-        return native.product("cc_masked", w.job, x, I, O, lambda M: 4 * M * (-(-I // STEP) * STEP))
+        return native.product("cc_masked", w.job, x, I, O, lambda M: 4 * M * (-(-I // 16) * 16))
     flat = x.reshape(-1, I)
     rows = max(1, min(O, TILE // I))
     scratch, out = x.new_empty(rows, I), x.new_empty(len(flat), O)

@@ -1,4 +1,5 @@
-// Vectors of 32-bit lanes for one instruction set, chosen by CC_ISA: 2 AVX-512 with VNNI, 1 AVX2 with FMA and F16C, 0 plain C++.
+// Vectors of 32-bit lanes for one instruction set, chosen by CC_ISA: 3 AVX-512 with VNNI, VBMI2 and BF16, 2 AVX-512 with VNNI,
+// 1 AVX2 with FMA and F16C, 0 plain C++.
 // Every source file is compiled once per instruction set, with that set's flags, into its own namespace. No header of the C++
 // standard library with inline functions is included: the linker might keep one set's copy for all.
 #pragma once
@@ -69,7 +70,7 @@ inline void store_one(void* p, int64_t i, int type, float f) {
   else static_cast<uint16_t*>(p)[i] = type == BF16 ? float_to_bfloat(f) : float_to_half(f);
 }
 
-#if CC_ISA == 2
+#if CC_ISA >= 2
 
 constexpr int LANES = 16;
 typedef __m512i I;

@@ -34,7 +34,7 @@ def prepare(
 
     def native() -> masked.Weight:
         kept = _sparse.flags(_sparse.decode_positions(meta, n, m, shape[1]), n, m, shape[1])
-        return masked.prepare(kept, values.reshape(-1))
+        return masked.prepare(kept, masked.rounded(values.reshape(-1), dtype))
 
     decode = tiled.decoder(values, meta, n, m)
     return _sparse.choose("sparse24", shape, dtype, rows, decode, (values, meta), (n, m, rows), native)
