@@ -27,6 +27,7 @@ from compress_kernels.native import masked
 logger = logging.getLogger(__name__)
 
 CPU, DENSE, TILED = "cpu", "dense", "tiled"
+EXACT = "exact results were asked for"
 LARGEST = 64  # the largest M
 _PIECE = 1 << 20  # columns of a mask that are looked at together, 8 bytes each
 Decode = Callable[[slice, torch.Tensor], object]  # writes the rows `tile` of a weight into out (R, I)
@@ -159,7 +160,11 @@ def choose(
     """
     assert parts[0] is not None
     chosen = backend(CPU, DENSE, TILED)
-    why = unable or masked.can_run(dtype, parts[0].device) if chosen in (None, CPU) else f"COMPRESS_BACKEND is {chosen}"
+    if chosen not in (None, CPU):
+        why: str | None = f"COMPRESS_BACKEND is {chosen}"
+    else:
+        why = None if chosen == CPU and unable == EXACT else unable
+        why = why or masked.can_run(dtype, parts[0].device)
     if why is None:
         return Prepared(CPU, native=native())
     chosen = TILED if chosen == TILED else DENSE

@@ -36,7 +36,8 @@ def prepare(
 ) -> Prepared:
     """Choose a path for a weight of `shape` (O, I), given as the artifact's tensors, and activations of `dtype`.
 
-    Damaged tensors raise a ValueError. `exact` changes nothing: all paths equal the reference up to the order of summation.
+    Damaged tensors raise a ValueError. `exact` keeps to the reference's weights, rounded to
+    the activations' dtype.
     """
     _sparse.refuse(reference.block_problems(tensors, params, shape), shape)
     kind, pre, post = reference.core_kind(params), tensors["pre"], tensors["post"]

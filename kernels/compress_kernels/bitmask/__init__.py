@@ -26,7 +26,8 @@ def prepare(
 ) -> Prepared:
     """Choose a path for a weight of `shape` (O, I), given as the artifact's tensors, and activations of `dtype`.
 
-    Damaged tensors raise a ValueError. `exact` changes nothing: all paths equal the reference up to the order of summation.
+    Damaged tensors raise a ValueError. `exact` keeps to the reference's weights, rounded to
+    the activations' dtype.
     """
     _sparse.refuse(reference.problems(tensors, params, shape), shape)
     mask, offsets, values = tensors["mask"], tensors["row_offsets"], tensors["values"]
@@ -37,7 +38,10 @@ def prepare(
     def native() -> masked.Weight:
         return masked.prepare(_sparse.unpack_codes(mask, 1, shape[1]), masked.rounded(values, dtype))
 
-    return _sparse.choose("bitmask", shape, dtype, rows, decode, (mask, values, bounds), (rows,), native)
+    unable = _sparse.EXACT if exact else None
+    return _sparse.choose(
+        "bitmask", shape, dtype, rows, decode, (mask, values, bounds), (rows,), native, _sparse.EXACT if exact else None
+    )
 
 
 def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None) -> torch.Tensor:

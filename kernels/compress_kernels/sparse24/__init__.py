@@ -26,7 +26,8 @@ def prepare(
 ) -> Prepared:
     """Choose a path for a weight of `shape` (O, I), given as the artifact's tensors, and activations of `dtype`.
 
-    Damaged tensors raise a ValueError. `exact` changes nothing: all paths equal the reference up to the order of summation.
+    Damaged tensors raise a ValueError. `exact` keeps to the reference's weights, rounded to
+    the activations' dtype.
     """
     _sparse.refuse(reference.problems(tensors, params, shape), shape)
     n, m, values, meta = int(params["n"]), int(params["m"]), tensors["values"], tensors["meta"]
@@ -37,7 +38,10 @@ def prepare(
         return masked.prepare(kept, masked.rounded(values.reshape(-1), dtype))
 
     decode = tiled.decoder(values, meta, n, m)
-    return _sparse.choose("sparse24", shape, dtype, rows, decode, (values, meta), (n, m, rows), native)
+    unable = _sparse.EXACT if exact else None
+    return _sparse.choose(
+        "sparse24", shape, dtype, rows, decode, (values, meta), (n, m, rows), native, _sparse.EXACT if exact else None
+    )
 
 
 def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -28,7 +28,8 @@ def prepare(
 ) -> Prepared:
     """Choose a path for a weight of `shape` (O, I), given as the artifact's tensors, and activations of `dtype`.
 
-    Damaged tensors raise a ValueError. `exact` changes nothing: all paths equal the reference up to the order of summation.
+    Damaged tensors raise a ValueError. `exact` keeps to the reference's weights, rounded to
+    the activations' dtype.
     """
     _sparse.refuse(reference.problems(tensors, params, shape), shape)
     meta, words, scale = tensors["meta"], tensors["weight_packed"], tensors["weight_scale"]
@@ -43,7 +44,7 @@ def prepare(
         return masked.prepare_codes(kept, q, scale, None if parts.zero is None else zeros(parts.zero, bits, shape[0]))
 
     tiles = tiled.decoder(parts, bits, n, m)
-    unable = masked.can_run_codes(bits, n, m, group)
+    unable = _sparse.EXACT if exact else masked.can_run_codes(bits, n, m, group)
     return _sparse.choose("sparse24_int", shape, dtype, rows, tiles, parts, (bits, n, m, rows), native, unable)
 
 
