@@ -39,9 +39,7 @@ def prepare(
         return masked.prepare(_sparse.unpack_codes(mask, 1, shape[1]), masked.rounded(values, dtype))
 
     unable = _sparse.EXACT if exact else None
-    return _sparse.choose(
-        "bitmask", shape, dtype, rows, decode, (mask, values, bounds), (rows,), native, _sparse.EXACT if exact else None
-    )
+    return _sparse.choose("bitmask", shape, dtype, rows, decode, (mask, values, bounds), (rows,), native, unable)
 
 
 def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -39,9 +39,7 @@ def prepare(
 
     decode = tiled.decoder(values, meta, n, m)
     unable = _sparse.EXACT if exact else None
-    return _sparse.choose(
-        "sparse24", shape, dtype, rows, decode, (values, meta), (n, m, rows), native, _sparse.EXACT if exact else None
-    )
+    return _sparse.choose("sparse24", shape, dtype, rows, decode, (values, meta), (n, m, rows), native, unable)
 
 
 def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None) -> torch.Tensor:
