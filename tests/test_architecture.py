@@ -17,7 +17,7 @@ LEVELS = [
     {"models", "calibration"},
     {"modules", "methods"},
     {"pipeline", "loading"},
-    {"audit", "generation", "fit", "job", "evaluation", "training"},
+    {"audit", "generation", "fit", "job", "evaluation", "training", "timing"},
     {"cli"},
 ]
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}

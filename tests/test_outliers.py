@@ -261,11 +261,14 @@ needs_int4pack = pytest.mark.skipif(
 @pytest.mark.parametrize("E", [BF16, F16])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("O", "I", "group"), [(16, 32, 32), (80, 256, -1), (48, 128, 64)])
-def test_int4pack_with_outliers_is_close_to_the_reference(O: int, I: int, group: int, symmetric: bool, E: torch.dtype) -> None:
+def test_int4pack_with_outliers_is_close_to_the_reference(
+    O: int, I: int, group: int, symmetric: bool, E: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPRESS_BACKEND", "int4pack")
     for rho, bias in ((0.0, None), (0.02, torch.ones(O, dtype=BF16)), (1.0, None)):
         packed = random_packed(O, I, 4, group, symmetric, rho, E)
         p = prepared(packed, BF16)
-        assert (p.path, p.reasons) == ("int4pack+csr", {})
+        assert p.path == "int4pack+csr"
         for tokens in (0, 1, 17, cpu_int4.ROWS_OF_X):  # the last one, twice 48, runs tiles
             x = inputs(tokens, I, BF16)
             y, want = kernel.linear(x, p, bias), F.linear(x.double(), form.dequantize(packed).double())
@@ -285,7 +288,10 @@ def test_int4pack_with_outliers_is_close_to_the_reference(O: int, I: int, group:
     ],
 )
 @needs_int4pack
-def test_the_reason_for_tiles_is_named(case: Case, dtype: torch.dtype, exact: bool, why: str) -> None:
+def test_the_reason_for_tiles_is_named(
+    case: Case, dtype: torch.dtype, exact: bool, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPRESS_BACKEND", "int4pack")
     p = prepared(random_packed(*case), dtype, exact)
     assert p.path == "tiled"
     assert why in p.reasons["int4pack+csr"]
@@ -321,6 +327,6 @@ def test_a_compressed_linear_holds_the_tensors_and_multiplies_by_the_weight(dtyp
     assert torch.equal(module.dense_weight(), form.dequantize(packed))
     torch.testing.assert_close(module(x), want, rtol=rtol, atol=1e-5)
     module.prepare()
-    torch.testing.assert_close(module(x), want, rtol=rtol, atol=1e-5)
+    torch.testing.assert_close(module(x), want, rtol=rtol, atol=0.03 if module.path == "cpu" else 1e-5)  # activations of 8 bits
     assert module.to(torch.float64).outlier_value.dtype == BF16
     assert module(x.double()).dtype == torch.float64

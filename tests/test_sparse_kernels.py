@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
-from compress_kernels import _sparse, armor
+from compress_kernels import _sparse, armor, native
 from compress_kernels.bitmask import tiled as bitmask_tiled
 from compress_kernels.int_grouped import tiled as int_grouped_tiled
 from compress_kernels.sparse24 import tiled as sparse24_tiled
@@ -145,12 +145,13 @@ def test_the_blocks_of_armor_are_three_products_each_rounded(backend: Callable[[
     torch.testing.assert_close(y, want, rtol=1.6e-2, atol=1.6e-2)
 
 
-def test_dense_weights_are_the_default_and_said_once_per_kind(
+def test_without_the_library_weights_are_held_dense_and_that_is_said_once_per_kind(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     _sparse._say_once.cache_clear()
     packed = CASES["2:4"]()
-    for value in (None, "", "dense"):
+    monkeypatch.setattr(native, "missing", lambda: "not here")
+    for value in (None, "", "cpu"):
         if value is None:
             monkeypatch.delenv("COMPRESS_BACKEND", raising=False)
         else:
@@ -158,7 +159,7 @@ def test_dense_weights_are_the_default_and_said_once_per_kind(
         with caplog.at_level(logging.INFO, logger="compress_kernels"):
             assert prepared(packed, torch.float32).path == "dense"
     assert len(caplog.records) == 1
-    assert "COMPRESS_BACKEND=tiled" in caplog.text
+    assert "not here" in caplog.text
     prepared(CASES["bitmask"](), torch.float32)
     assert len(caplog.records) == 1 + ("bitmask" in caplog.text)
 
@@ -166,7 +167,7 @@ def test_dense_weights_are_the_default_and_said_once_per_kind(
 def test_an_unknown_backend_is_refused(backend: Callable[[str], None]) -> None:
     backend("cuda")
     for case in ONE_PER_KIND:
-        with pytest.raises(ValueError, match=r"COMPRESS_BACKEND is 'cuda'; .* has dense and tiled"):
+        with pytest.raises(ValueError, match=r"COMPRESS_BACKEND is 'cuda'; there are cpu, .*dense, tiled"):
             prepared(CASES[case](), torch.float32)
 
 

@@ -9,6 +9,7 @@ import typer
 from compress import registry
 from compress.cli import HELP
 from compress.cli.artifacts import inspect_artifact, verify_artifact
+from compress.cli.benchmarks import bench
 from compress.cli.compression import DEFAULT, command
 from compress.cli.evaluation import evaluate_model, generate_text
 
@@ -23,6 +24,7 @@ def build(args: list[str]) -> typer.Typer:
     app.command("verify")(verify_artifact)
     app.command("eval")(evaluate_model)
     app.command("generate")(generate_text)
+    app.add_typer(bench, name="bench")
     app.command("methods")(methods)
     return app
 

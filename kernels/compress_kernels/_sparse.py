@@ -3,29 +3,31 @@
 N of every M consecutive inputs are kept. A position is a column in its group, 0..M-1; a row's positions ascend in each group
 and are codes of `position_bits(M)` bits, lowest bits first, the row padded to a whole byte. 2:4 has two groups in a byte.
 
-Paths: "dense" decodes a weight once, into the activations' dtype, and is an ordinary product from then on; "tiled" decodes
-tiles of whole rows on every call. The environment variable COMPRESS_BACKEND chooses; both give the reference's weights bit for
-bit, and its sums up to their order.
+Paths: "cpu" is the C++ library, which multiplies the kept values only; "dense" decodes a weight once, into the activations'
+dtype, and is an ordinary product from then on; "tiled" decodes tiles of whole rows on every call. The first that can run is
+taken, or what COMPRESS_BACKEND says. "dense" and "tiled" give the reference's weights bit for bit, and its sums up to their
+order; "cpu" does not round weights to the activations' dtype, and is nearer to the fp64 product.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
-from compress_kernels import BackendError
+from compress_kernels import backend
 from compress_kernels import bits as bitpack
 from compress_kernels.int_grouped import tiled as int_grouped
+from compress_kernels.native import masked
 
 logger = logging.getLogger(__name__)
 
-DENSE, TILED = "dense", "tiled"
+CPU, DENSE, TILED = "cpu", "dense", "tiled"
+EXACT = "exact results were asked for"
 LARGEST = 64  # the largest M
 _PIECE = 1 << 20  # columns of a mask that are looked at together, 8 bytes each
 Decode = Callable[[slice, torch.Tensor], object]  # writes the rows `tile` of a weight into out (R, I)
@@ -129,47 +131,53 @@ def refuse(problems: list[str], shape: tuple[int, int]) -> None:
         raise ValueError(f"weight of shape {shape[0]} x {shape[1]}: {'; '.join(problems)}")
 
 
-def path(kind: str) -> str:
-    """The path that COMPRESS_BACKEND chooses: "dense" where it is unset or empty."""
-    chosen = os.environ.get("COMPRESS_BACKEND") or DENSE
-    if chosen not in (DENSE, TILED):
-        raise BackendError(f"COMPRESS_BACKEND is {chosen!r}; {kind} has {DENSE} and {TILED}")
-    if chosen == DENSE:
-        _say_once(kind)
-    return chosen
-
-
 @functools.cache
-def _say_once(kind: str) -> None:
-    logger.info(
-        "%s: until faster kernels exist, weights are held dense in memory beside the packed ones; COMPRESS_BACKEND=tiled decodes "
-        "them on each call instead", kind,
-    )  # fmt: skip
+def _say_once(kind: str, path: str, why: str) -> None:
+    held = "weights are held dense in memory beside the packed ones" if path == DENSE else "weights are decoded on each call"
+    logger.info("%s: the %s path runs, %s, not cpu: %s", kind, path, held, why)
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """One weight, ready to run."""
 
-    path: str  # "dense" or "tiled"
+    path: str  # "cpu", "dense" or "tiled"
     weight: torch.Tensor | None = None  # "dense": (O, I) in the activations' dtype
+    native: masked.Weight | None = None  # "cpu"
     parts: tuple[torch.Tensor | None, ...] = ()  # "tiled": the tensors that the kind's op takes between x and bias,
     sizes: tuple[int, ...] = ()  # and its numbers after the bias
+    reasons: Mapping[str, str] = field(default_factory=dict)  # faster path -> why it cannot run
 
 
 def choose(
     kind: str, shape: tuple[int, int], dtype: torch.dtype, rows: int, decode: Decode, parts: tuple[torch.Tensor | None, ...],
-    sizes: tuple[int, ...],
+    sizes: tuple[int, ...], native: Callable[[], masked.Weight], unable: str | None = None,
 ) -> Prepared:  # fmt: skip
-    """A weight (O, I) for the path that COMPRESS_BACKEND chooses; `decode` writes tiles of `rows` rows; it is where parts[0] is."""
-    if path(kind) == TILED:
-        return Prepared(TILED, parts=parts, sizes=sizes)
+    """A weight (O, I) for the path that is best or that COMPRESS_BACKEND chooses.
+
+    `decode` writes tiles of `rows` rows, `native` repacks for the C++ library unless it is `unable`. Where parts[0] is,
+    is the weight.
+    """
     assert parts[0] is not None
-    return Prepared(DENSE, whole(shape, rows, decode, dtype, parts[0].device))
+    chosen = backend(CPU, DENSE, TILED)
+    if chosen not in (None, CPU):
+        why: str | None = f"COMPRESS_BACKEND is {chosen}"
+    else:
+        why = None if chosen == CPU and unable == EXACT else unable
+        why = why or masked.can_run(dtype, parts[0].device)
+    if why is None:
+        return Prepared(CPU, native=native())
+    chosen = TILED if chosen == TILED else DENSE
+    _say_once(kind, chosen, why)
+    if chosen == TILED:
+        return Prepared(TILED, parts=parts, sizes=sizes, reasons={CPU: why})
+    return Prepared(DENSE, whole(shape, rows, decode, dtype, parts[0].device), reasons={CPU: why})
 
 
 def linear(op: Callable[..., torch.Tensor], x: torch.Tensor, p: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """x (..., I) times Wᵀ plus bias -> (..., O) in x's dtype; `op` is the kind's own for the tiled path."""
+    if p.native is not None:
+        return masked.linear(x, p.native, bias)
     return op(x, *p.parts, bias, *p.sizes) if p.weight is None else F.linear(x, p.weight, bias)
 
 
@@ -197,3 +205,9 @@ def product(x: torch.Tensor, outputs: int, rows: int, decode: Decode, bias: torc
         decode(tile, W)
         out[:, tile] = F.linear(flat, W, None if bias is None else bias[tile])
     return out.view(*x.shape[:-1], outputs)
+
+
+def flags(at: torch.Tensor, n: int, m: int, inputs: int) -> torch.Tensor:
+    """Mask (O, I) uint8 of 0 and 1 from positions (O, I*n/m)."""
+    out = torch.zeros(len(at), inputs, dtype=torch.uint8, device=at.device)
+    return place(torch.ones_like(at), at, n, m, out)

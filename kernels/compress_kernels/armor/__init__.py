@@ -20,10 +20,10 @@ from compress_kernels.armor import reference
 class Prepared:
     """One weight, ready to run."""
 
-    path: str  # the core's: "dense" or "tiled"
+    path: str  # the core's: "cpu", "dense" or "tiled"
     kind: str  # of the core
     core: _sparse.Prepared
-    pre: torch.Tensor  # (I/b, b, b): in the activations' dtype where the path is "dense", else as stored
+    pre: torch.Tensor  # (I/b, b, b): in the activations' dtype unless the path is "tiled", then as stored
     post: torch.Tensor  # (O/b, b, b)
 
 
@@ -36,12 +36,13 @@ def prepare(
 ) -> Prepared:
     """Choose a path for a weight of `shape` (O, I), given as the artifact's tensors, and activations of `dtype`.
 
-    Damaged tensors raise a ValueError. `exact` changes nothing: both paths equal the reference up to the order of summation.
+    Damaged tensors raise a ValueError. `exact` keeps to the reference's weights, rounded to
+    the activations' dtype.
     """
     _sparse.refuse(reference.block_problems(tensors, params, shape), shape)
     kind, pre, post = reference.core_kind(params), tensors["pre"], tensors["post"]
     core = reference.CORES[kind].prepare(tensors, params, shape, dtype, exact)
-    if core.path == _sparse.DENSE:
+    if core.path != _sparse.TILED:
         pre, post = pre.to(dtype), post.to(dtype)
     return Prepared(core.path, kind, core, pre, post)
 

@@ -1,7 +1,7 @@
 """y = x Wᵀ + bias for grouped integers with exact outliers: `prepare` once after loading, then `linear`.
 
-Paths: `int4pack+csr` (`int_grouped`'s CPU kernel, and the outliers' own product added to it) and `tiled` (anything,
-anywhere); `reference` defines what they compute.
+Paths: `cpu` and `cpu-exact` (our C++ library, outliers and all; as for `int_grouped`), `int4pack+csr` (torch's CPU kernel, and the
+outliers' own product added to it) and `tiled` (anything, anywhere); `reference` defines what they compute.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from compress_kernels.int_grouped import cpu_int4
+from compress_kernels import backend
+from compress_kernels.int_grouped import cpu, cpu_int4
 from compress_kernels.int_grouped import reference as int_grouped
 from compress_kernels.int_grouped_outliers import csr, reference, tiled
 
@@ -27,13 +28,14 @@ FAST = "int4pack+csr"
 class Prepared:
     """One weight, ready to run: the artifact's tensors, and what the chosen path needs."""
 
-    path: str  # the fastest path that can run: "int4pack+csr" or "tiled"
+    path: str  # "cpu", "cpu-exact", "int4pack+csr" or "tiled"
     bits: int
     group_size: int
     parts: tiled.Parts
     rows: int  # per tile
     int4: tuple[torch.Tensor, torch.Tensor] | None = None
     outliers: csr.Outliers | None = None
+    native: cpu.Weight | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)  # faster path -> why it cannot run
 
 
@@ -68,13 +70,28 @@ def prepare(
     )
     if group_size == -1:
         group_size = shape[1]
+    reasons: dict[str, str] = {}
+    chosen = backend("cpu", "cpu-exact", "int4pack", "tiled")
+    zero = None if packed_zero is None else int_grouped.zeros(packed_zero, bits, shape[0])
+    for path in ("cpu-exact",) if exact or dtype == torch.float32 else ("cpu", "cpu-exact"):
+        why = cpu.can_run(bits, group_size, shape, dtype, words.device)
+        if exact and chosen != path:
+            why = "exact results were asked for"
+        if why is None and chosen not in (None, path):
+            why = f"COMPRESS_BACKEND is {chosen}"
+        if why is None:
+            scale = reference.stored_scales(tensors, shape[0])
+            native = cpu.prepare(words, scale, zero, shape, bits, exact=path == "cpu-exact", outliers=outliers)
+            return Prepared(path, bits, group_size, parts, rows, native=native, reasons=reasons)
+        reasons[path] = why
     why = "exact results were asked for" if exact else _why_not(bits, group_size, shape, dtype, words.device, second)
+    if why is None and chosen not in (None, "int4pack"):
+        why = f"COMPRESS_BACKEND is {chosen}"
     if why is not None:
         _say_once(why)
-        return Prepared("tiled", bits, group_size, parts, rows, reasons={FAST: why})
-    zero = None if packed_zero is None else int_grouped.zeros(packed_zero, bits, shape[0])
+        return Prepared("tiled", bits, group_size, parts, rows, reasons={**reasons, FAST: why})
     int4 = cpu_int4.prepare(words, parts.scale, zero, shape)
-    return Prepared(FAST, bits, group_size, parts, rows, int4, csr.prepare(*outliers))
+    return Prepared(FAST, bits, group_size, parts, rows, int4, csr.prepare(*outliers), reasons=reasons)
 
 
 def _why_not(
@@ -88,6 +105,8 @@ def _why_not(
 def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., I) times Wᵀ plus bias -> (..., O) in x's dtype."""
     p = prepared
+    if p.native is not None and (not p.native.exact or x.numel() <= cpu.ROWS_EXACT * x.shape[-1]):
+        return cpu.linear(x, p.native, bias)
     few = x.dtype == torch.bfloat16 and x.numel() <= cpu_int4.ROWS_OF_X * x.shape[-1]
     if p.int4 is not None and p.outliers is not None and few:
         flat = x.reshape(-1, x.shape[-1]).contiguous()  # int4pack refuses strides

@@ -1,0 +1,164 @@
+"""`compress bench kernels` and `compress bench model`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compress.cli.artifacts import Debug, Json
+
+bench = typer.Typer(help="Time the kernels, or a model, beside dense ones.", no_args_is_help=True)
+
+
+@bench.command("kernels")
+def bench_kernels(
+    kinds: Annotated[str, typer.Option(help="Kinds of weights, separated by commas; default all.")] = "",
+    shapes: Annotated[str, typer.Option(help="Shapes OUTxIN, separated by commas; default those of an 8B and a small model.")] = "",
+    rows: Annotated[str, typer.Option(help="Numbers of tokens.")] = "1,4,16,64,256",
+    seconds: Annotated[float, typer.Option(help="About how long each is timed.")] = 2.0,
+    threads: Annotated[int | None, typer.Option(help="Threads; default torch's.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Also append the rows to this JSONL file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the speed-ups into this PNG file.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Products with every kind of weight beside the dense bf16 product, cold weights, medians of interleaved runs."""
+    import torch
+
+    from compress import log, timing
+    from compress.errors import CompressError
+
+    log.configure(debug)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        tokens = [int(n) for n in rows.split(",")]
+    except ValueError as error:
+        raise CompressError(f"--rows {rows!r} is no list of numbers", hint="--rows 1,16", usage=True) from error
+    if min(tokens) < 1 or not seconds > 0:
+        raise CompressError("--rows and --seconds must be above 0", hint="--rows 1,16 --seconds 2", usage=True)
+    found = []
+    if not as_json:
+        print("kind           path       shape         rows        ms     dense speed-up   GB/s of peak")
+    for row in timing.kernels(_split(kinds), _split(shapes), tokens, seconds):
+        found.append({**row.to_dict(), "threads": torch.get_num_threads()})
+        if as_json:
+            print(json.dumps(found[-1]), flush=True)
+        else:
+            shape = "x".join(map(str, row.shape))
+            print(
+                f"{row.kind:14s} {row.path:10s} {shape:12s} {row.rows:5d} {row.ms:9.3f} {row.dense_ms:9.3f} {row.speedup:7.2f}x "
+                f"{row.gb_s:6.1f} {row.share:6.0%}", flush=True,
+            )  # fmt: skip
+    if out is not None:
+        with out.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in found)
+    if plot is not None:
+        _plot(found, plot)
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Speed-up over tokens, a panel per shape."""
+    from compress.errors import CompressError
+
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise CompressError("--plot needs matplotlib", hint="pip install matplotlib") from error
+    shapes = list(dict.fromkeys(str(r["shape"]) for r in rows))
+    figure, axes = plt.subplots(1, len(shapes), figsize=(4.5 * len(shapes), 4), squeeze=False, sharey=True)
+    for axis, shape in zip(axes[0], shapes, strict=True):
+        for kind in dict.fromkeys(r["kind"] for r in rows):
+            part = [r for r in rows if r["kind"] == kind and str(r["shape"]) == shape]
+            axis.plot([r["rows"] for r in part], [r["speedup"] for r in part], marker="o", label=str(kind))
+        axis.axhline(1.0, color="grey", linewidth=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set_title(shape)
+        axis.set_xlabel("tokens")
+    axes[0][0].set_ylabel("speed-up over dense bf16")
+    axes[0][-1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+@bench.command("model")
+def bench_model(
+    model: Annotated[str, typer.Argument(help="An artifact, a model folder, or a hub id.")],
+    baseline: Annotated[str | None, typer.Option(help="The dense model, timed in the same run.")] = None,
+    batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1",
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
+    tokens: Annotated[int, typer.Option(help="New tokens.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Repetitions, of which the median counts.")] = 3,
+    dtype: Annotated[str, typer.Option(help="Of activations.")] = "bfloat16",
+    threads: Annotated[int | None, typer.Option(help="Threads; default torch's.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Prefill and decode speed, time to the first token, and memory, each model in a process of its own."""
+    from compress import log
+    from compress.errors import CompressError
+
+    log.configure(debug)
+    try:
+        sizes = [int(n) for n in batches.split(",")]
+    except ValueError as error:
+        raise CompressError(f"--batches {batches!r} is no list of numbers", hint="--batches 1,8", usage=True) from error
+    options = {"batches": sizes, "prompt": prompt, "tokens": tokens, "repeats": repeats, "dtype": dtype}
+    rows = [row for path in (baseline, model) if path is not None for row in _child(path, options, threads)]
+    base = {r["batch"]: r for r in rows if r["model"] == baseline}
+    if not as_json:
+        print(
+            f"{'batch':>5s} {'prefill tok/s':>13s} {'first s':>8s} {'decode tok/s':>12s} {'weights GB':>10s} {'peak GB':>8s}  model"
+        )
+    for row in rows:
+        if as_json:
+            print(json.dumps(row))
+            continue
+        dense = base.get(row["batch"])
+        ratio = f" ({row['decode'] / dense['decode']:.2f}x)" if dense is not None and dense is not row else ""
+        print(
+            f"{row['batch']:5d} {row['prefill']:13.1f} {row['first']:8.3f} {row['decode']:12.2f} {row['weights'] / 1e9:10.3f} "
+            f"{row['peak'] / 1e9:8.2f}  {row['model']}{ratio}"
+        )
+
+
+CHILD = """
+import dataclasses, json, sys
+import torch
+from compress import log, timing
+from compress.errors import CompressError
+log.configure(False)
+options, threads = json.loads(sys.argv[2]), json.loads(sys.argv[3])
+if threads:
+    torch.set_num_threads(threads)
+try:
+    for row in timing.model(sys.argv[1], **options):
+        print(json.dumps(dataclasses.asdict(row)), flush=True)
+except CompressError as error:
+    print(json.dumps({"error": str(error), "hint": error.hint}))
+"""
+
+
+def _child(path: str, options: dict[str, Any], threads: int | None) -> list[dict[str, Any]]:
+    """Rows of one model, measured in a process of its own, so that peak memory is its own."""
+    import subprocess
+
+    from compress.errors import CompressError
+
+    args = [sys.executable, "-c", CHILD, path, json.dumps(options), json.dumps(threads)]
+    done = subprocess.run(args, stdout=subprocess.PIPE, text=True, check=False)
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    for row in rows:
+        if "error" in row:
+            raise CompressError(row["error"], hint=row["hint"])
+    if done.returncode or not rows:
+        raise CompressError(f"{path}: its process ended with code {done.returncode}", hint="its own message is above")
+    return rows

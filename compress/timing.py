@@ -1,0 +1,292 @@
+"""How fast the kernels and a model are on this machine, beside the dense product and the dense model in the same run.
+
+Weights are cold: a product goes over copies that together exceed the caches several times. Products of all kinds are timed in
+turns, so that what else runs on the machine meets all of them; medians are compared, and every ratio is to the dense bf16 product
+of the same shape and rows. Random numbers, never zeros.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from compress import registry
+from compress.errors import CompressError, nearest
+from compress.modules import CompressedLinear
+from compress.types import Packed
+
+COLD = 192 << 20  # bytes that the copies of one weight take together
+SHAPES = {"4096x4096": (4096, 4096), "14336x4096": (14336, 4096), "4096x14336": (4096, 14336), "576x576": (576, 576)}
+_LEAST, _MOST, _SECONDS = 5, 200, 2.0  # products per kind and shape, and about how long they take together
+
+
+def _codes(O: int, I: int, bits: int, g: torch.Generator) -> torch.Tensor:
+    return torch.randint(0, 1 << bits, (O, I), generator=g, dtype=torch.uint8)
+
+
+def _scale(O: int, G: int, g: torch.Generator) -> torch.Tensor:
+    return (torch.rand(O, G, generator=g) * 0.01 + 0.001).bfloat16()
+
+
+def _integers(bits: int, O: int, I: int, g: torch.Generator) -> Packed:
+    group = 128 if I % 128 == 0 else 64
+    return registry.by_kind("int_grouped").pack(
+        _codes(O, I, bits, g), _scale(O, I // group, g), _codes(O, I // group, bits, g), bits=bits, group_size=group
+    )
+
+
+def _outliers(O: int, I: int, g: torch.Generator) -> Packed:
+    group = 128 if I % 128 == 0 else 64
+    kept = torch.rand(O, I, generator=g) < 0.01
+    q, zero = _codes(O, I, 4, g), _codes(O, I // group, 4, g)
+    q[kept] = zero.repeat_interleave(group, 1)[kept]
+    index = kept.view(-1).nonzero().squeeze(1)
+    value = torch.randn(len(index), generator=g).bfloat16()
+    return registry.by_kind("int_grouped_outliers").pack(
+        q, _scale(O, I // group, g), zero, bits=4, group_size=group, index=index, value=value
+    )
+
+
+def _half(O: int, I: int, g: torch.Generator) -> torch.Tensor:
+    """A 2:4 mask."""
+    return (torch.rand(O, I // 4, 4, generator=g).argsort(-1) < 2).view(O, I)
+
+
+def _sparse24(O: int, I: int, g: torch.Generator) -> Packed:
+    mask = _half(O, I, g)
+    return registry.by_kind("sparse24").pack(torch.randn(O, I, generator=g).bfloat16() * mask, mask, n=2, m=4)
+
+
+def _sparse24_int(O: int, I: int, g: torch.Generator) -> Packed:
+    group = 128 if I % 128 == 0 else 64
+    q, scale, zero = _codes(O, I // 2, 4, g), _scale(O, I // group, g), _codes(O, I // group, 4, g)
+    return registry.by_kind("sparse24_int").pack(q, _half(O, I, g), scale, zero, bits=4, group_size=group, n=2, m=4)
+
+
+def _bitmask(O: int, I: int, g: torch.Generator) -> Packed:
+    mask = torch.rand(O, I, generator=g) < 0.5
+    return registry.by_kind("bitmask").pack(torch.randn(O, I, generator=g).bfloat16() * mask, mask)
+
+
+def _armor(O: int, I: int, g: torch.Generator) -> Packed:
+    blocks = [(torch.randn(n // b, b, b, generator=g) / b**0.5).bfloat16() for n, b in ((n, _block(n)) for n in (I, O))]
+    return registry.by_kind("armor").pack(_sparse24(O, I, g), *blocks)
+
+
+def _block(n: int) -> int:
+    return max(b for b in range(1, 129) if n % b == 0)
+
+
+KINDS: dict[str, Callable[[int, int, torch.Generator], Packed]] = {
+    "int4": lambda O, I, g: _integers(4, O, I, g),
+    "int3": lambda O, I, g: _integers(3, O, I, g),
+    "int2": lambda O, I, g: _integers(2, O, I, g),
+    "int8": lambda O, I, g: _integers(8, O, I, g),
+    "int4+1%": _outliers,
+    "bitmask": _bitmask,
+    "sparse24": _sparse24,
+    "sparse24_int4": _sparse24_int,
+    "armor": _armor,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One kind, shape and number of rows of x."""
+
+    kind: str
+    path: str
+    shape: tuple[int, int]
+    rows: int
+    ms: float  # median
+    dense_ms: float  # the dense bf16 product's, in the same turns
+    gb_s: float  # of the artifact's bytes
+    share: float  # of the bandwidth that this machine reads at, measured before
+
+    @property
+    def speedup(self) -> float:
+        """Over the dense product."""
+        return self.dense_ms / self.ms
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "speedup": self.speedup}
+
+
+def bandwidth() -> float:
+    """GB/s that reading takes place at: the best of a few sums over 256 MB, with torch's threads."""
+    x = torch.ones(64 << 20)
+    best = 0.0
+    for _ in range(7):
+        start = time.perf_counter()
+        x.sum()
+        best = max(best, x.numel() * 4 / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def _module(packed: Packed) -> CompressedLinear:
+    module = CompressedLinear(packed.kind, packed.params, packed.shape, stored="BF16", dtype=torch.bfloat16, device="cpu")
+    for name, tensor in packed.tensors.items():
+        module._buffers[name] = tensor
+    module.prepare()
+    return module
+
+
+def kernels(
+    kinds: Sequence[str] = (), shapes: Sequence[str] = (), rows: Sequence[int] = (1, 4, 16, 64, 256), seconds: float = _SECONDS
+) -> Iterator[Row]:
+    """Time every kind on every shape and number of rows; yields a row as soon as it is measured."""
+    for given, known, what in ((kinds, list(KINDS), "kind"), (shapes, list(SHAPES), "shape")):
+        for name in given:
+            if name not in known and not (what == "shape" and _shape(name)):
+                hint = f"there are {', '.join(known)}; {nearest(name, known)}"
+                raise CompressError(f"{name!r} is no {what}", hint=hint, usage=True)
+    read = bandwidth()
+    for label in shapes or SHAPES:
+        O, I = SHAPES.get(label) or _shape(label) or (0, 0)
+        if I % 64:
+            raise CompressError(f"{label}: {I} inputs cannot be split into groups of 64", hint="use another shape", usage=True)
+        yield from _shape_rows(kinds or list(KINDS), O, I, rows, read, seconds)
+
+
+def _shape(text: str) -> tuple[int, int] | None:
+    parts = text.split("x")
+    return (int(parts[0]), int(parts[1])) if len(parts) == 2 and all(p.isdigit() and int(p) for p in parts) else None
+
+
+@torch.inference_mode()
+def _shape_rows(kinds: Sequence[str], O: int, I: int, rows: Sequence[int], read: float, seconds: float) -> Iterator[Row]:
+    g = torch.Generator().manual_seed(0)
+    dense = [torch.randn(O, I, generator=g).bfloat16() for _ in range(_copies(2 * O * I))]
+    for kind in kinds:
+        first = KINDS[kind](O, I, g)
+        size = sum(t.numel() * t.element_size() for t in first.tensors.values())
+        copies = [_module(first)] + [_module(KINDS[kind](O, I, g)) for _ in range(_copies(size) - 1)]
+        for M in rows:
+            x = torch.randn(M, I, generator=g).bfloat16()
+            ours, theirs = _turns(partial(_ours, copies, x), partial(_dense, dense, x), seconds)
+            gb_s = size / ours / 1e9
+            yield Row(kind, copies[0].path, (O, I), M, ours * 1e3, theirs * 1e3, gb_s, gb_s / read)
+        del copies, first
+        gc.collect()  # modules refer to themselves
+
+
+def _ours(copies: Sequence[CompressedLinear], x: torch.Tensor, turn: int) -> torch.Tensor:
+    y: torch.Tensor = copies[turn % len(copies)](x)
+    return y
+
+
+def _dense(copies: Sequence[torch.Tensor], x: torch.Tensor, turn: int) -> torch.Tensor:
+    return torch.nn.functional.linear(x, copies[turn % len(copies)])
+
+
+def _copies(size: int) -> int:
+    return max(2, min(64, -(-COLD // size)))
+
+
+def _turns(ours: Callable[[int], object], theirs: Callable[[int], object], seconds: float) -> tuple[float, float]:
+    """Median seconds of both, measured in turns."""
+    times: tuple[list[float], list[float]] = ([], [])
+    end = time.perf_counter() + seconds
+    turn = 0
+    while turn < _LEAST or (turn < _MOST and time.perf_counter() < end):
+        for run, seen in zip((ours, theirs), times, strict=True):
+            start = time.perf_counter()
+            run(turn)
+            seen.append(time.perf_counter() - start)
+        turn += 1
+    return median(times[0][1:]), median(times[1][1:])
+
+
+# -- whole models ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """A model's speed at one batch size."""
+
+    model: str
+    batch: int
+    prefill: float  # tokens/s of a prompt
+    first: float  # seconds to the first token
+    decode: float  # tokens/s of all rows together, after the first
+    weights: int  # bytes that its parameters and buffers take, prepared ones included
+    peak: int  # bytes resident at most
+
+
+def model(
+    folder: str | Path,
+    *,
+    batches: Sequence[int] = (1,),
+    prompt: int = 128,
+    tokens: int = 32,
+    repeats: int = 3,
+    dtype: str = "bfloat16",
+) -> Iterator[Speed]:  # fmt: skip
+    """Time a model, compressed or dense, with random prompts of `prompt` tokens and `tokens` new ones, greedily."""
+    from compress.loading import load
+
+    if min(prompt, tokens - 1, repeats, *batches) < 1:
+        raise CompressError("--prompt, --repeats and batch sizes are at least 1, --tokens 2", hint="leave them out", usage=True)
+    network = load(folder, dtype=dtype)
+    room = getattr(network.config, "max_position_embeddings", None)
+    if room is not None and prompt + tokens > room:
+        hint = f"--prompt {max(1, room - tokens)}"
+        raise CompressError(f"{prompt} + {tokens} tokens exceed the model's context of {room}", hint=hint, usage=True)
+    g = torch.Generator().manual_seed(0)
+    for batch in batches:
+        ids = torch.randint(0, network.config.vocab_size, (batch, prompt), generator=g).to(network.device)
+        yield _speed(network, str(folder), ids, tokens, repeats)
+
+
+@torch.inference_mode()
+def _speed(network: Any, label: str, ids: torch.Tensor, tokens: int, repeats: int) -> Speed:
+    options = {"do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    times: dict[int, list[float]] = {1: [], tokens: []}
+    network.generate(ids, max_new_tokens=2, min_new_tokens=2, **options)
+    for _ in range(repeats):
+        for count, seen in times.items():
+            start = time.perf_counter()
+            network.generate(ids, max_new_tokens=count, min_new_tokens=count, **options)
+            seen.append(time.perf_counter() - start)
+    first, whole = median(times[1]), median(times[tokens])
+    batch, prompt = ids.shape
+    return Speed(
+        label, batch, batch * prompt / first, first, batch * (tokens - 1) / max(whole - first, 1e-9), _held(network), _peak()
+    )
+
+
+def _held(network: torch.nn.Module) -> int:
+    """Bytes of every tensor that the model holds, each storage once."""
+    seen: dict[int, int] = {}
+
+    def note(value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, (tuple, list)):
+            for item in value:
+                note(item)
+        elif hasattr(value, "__dataclass_fields__"):
+            for name in value.__dataclass_fields__:
+                note(getattr(value, name))
+
+    for tensor in [*network.parameters(), *network.buffers()]:
+        note(tensor)
+    for module in network.modules():
+        note(getattr(module, "prepared", None))
+    return sum(seen.values())
+
+
+def _peak() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
