@@ -392,7 +392,10 @@ def _report(job: Job, out: Path, began: float, resumed: bool) -> Report:
     error = sum(entry["error"] for entry in linears) / len(linears)
     zeros = sum((1 - e.get("density", 1.0)) * e["shape"][0] * e["shape"][1] for e in linears)
     total = sum(torch.Size(job.view.shape(n)).numel() for n in job.view.names)
-    share = (zeros / weights, zeros / total) if any("density" in e for e in linears) else (None, None)
+    pruned = any("density" in e for e in linears)
     factors = [(e["params"], (e["shape"][0], e["shape"][1])) for e in linears if "rank" in e["params"]]
     kept = sum(lowrank_sparse.parameters(*f) for f in factors) / weights if factors else None
-    return Report(out, len(linears), bits, size, before, error, time.monotonic() - began, resumed, *share, kept=kept)
+    return Report(
+        out, len(linears), bits, size, before, error, time.monotonic() - began, resumed,
+        zeros / weights if pruned else None, zeros / total if pruned else None, kept,
+    )  # fmt: skip

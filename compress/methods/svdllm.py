@@ -2,8 +2,8 @@
 
     minimise over rank(L) <= r   |(W - L) X|² = tr((W - L) C (W - L)ᵀ),     C = sum over tokens of x xᵀ
 
-Source: AIoT-MLSys-Lab/SVD-LLM `SVDLLM.py`: S = Cholesky(C), SVD of W S = U Σ Vᵀ, L = U_r Σ_r V_rᵀ S⁻¹, r = floor(keep O I / (O +
-I)). Here U comes from W C Wᵀ and L = U_r U_rᵀ W, which is the same L without the inverse. A C that is not positive definite is damped
+Source: AIoT-MLSys-Lab/SVD-LLM `SVDLLM.py`: S = Cholesky(C), W S = U Σ Vᵀ, L = U_r Σ_r V_rᵀ S⁻¹, r = floor(keep O I / (O + I)).
+Here U comes from W C Wᵀ and L = U_r U_rᵀ W, which is the same L without the inverse. A C that is not positive definite is damped
 step by step, and the manifest says how much. All statistics come from the dense model, as there.
 
 `update` is the paper's second step (`whitening_local_update`): behind the factorized blocks before it each linear's B is the least
