@@ -82,8 +82,10 @@ class Config(_factorize.Factorize):
         return _lowrank.SELECTORS if self.selector == "auto" else (self.selector,)
 
     def params(self, shape: tuple[int, int]) -> dict[str, Any]:
-        """Format parameters of a linear (O, I); where they are chosen later, those of a plain low rank."""
-        return self.split(0 if self.columns == -1 else int(self.columns * shape[1]), shape)
+        """Format parameters of a linear (O, I); where they are chosen later, those of a plain low rank of the same size."""
+        if self.columns == -1:
+            return _factorize.Factorize.params(self, shape)
+        return self.split(int(self.columns * shape[1]), shape)
 
     def split(self, columns: int, shape: tuple[int, int]) -> dict[str, Any]:
         """Rank and columns within a linear's own budget: the rank rounded down, and columns for what that leaves."""
@@ -196,7 +198,7 @@ def _within(o: _budget.Options, config: Config) -> dict[str, Any]:
     """The best option of a linear that keeps the share itself; its last option is the whole weight."""
     shape = (o.cost[-1] // o.columns[-1], o.columns[-1])
     fits = [k for k in range(len(o.cost)) if o.cost[k] <= config.budget(shape)]
-    return config.split(o.columns[fits[-1]], shape) if fits else config.params(shape)
+    return config.split(o.columns[fits[-1]] if fits else 0, shape)
 
 
 # -- factors ---------------------------------------------------------------------------------------------------------------
