@@ -8,6 +8,8 @@ C_JJ - C_JI C_II⁻¹ C_IJ seen from the outputs); U are its r leading eigenvect
 
     L_J = U Uᵀ W_J,   L_I = 0,   R = W_I + (1 - U Uᵀ)(P_I C_II⁻¹ - W_I),   error = the sum of M_I's other eigenvalues.
 
+Outputs whose errors count differently are rows that are scaled before and scaled back after.
+
 No inverse of C is taken, so a nearly singular one does no harm. A tall W is first turned by an orthogonal matrix, which changes
 no error, so that eigenproblems have min(O, I) rows. Which columns: scores, or one by one by exact gain. The derivation is ours; for
 s = 0 it is the whitened SVD of SVD-LLM (arXiv 2403.07378), for C = 1 and a score of LOST (arXiv 2508.02668) the concentration step
@@ -128,13 +130,15 @@ def balanced(U: torch.Tensor, V: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 class Problem:
     """One linear's weight (O, I) and the moment of its inputs, in fp64; every question about it is answered exactly."""
 
-    def __init__(self, W: torch.Tensor, C: Moment) -> None:
+    def __init__(self, W: torch.Tensor, C: Moment, rows: torch.Tensor | None = None) -> None:
+        """`rows` (O,), positive: how much each output's squared error counts, tr(diag(rows) E C Eᵀ)."""
         self.W, self.C = W.to(torch.float64), C
         O, I = self.W.shape
+        self._rows = None if rows is None else rows.to(torch.float64).sqrt().unsqueeze(1)
         self._Q: torch.Tensor | None = None
-        self.T = self.W
+        self.T = self._weighed(self.W)
         if O > I:
-            self._Q, self.T = torch.linalg.qr(self.W)
+            self._Q, self.T = torch.linalg.qr(self.T)
         self.P = C.after(self.T)  # (k, I)
         M = self.P @ self.T.T
         self.M = (M + M.T) / 2
@@ -194,12 +198,17 @@ class Problem:
         lost = float((self.C.after(E) * E).sum())
         return Factors(self._turned(B), A, self._turned(R), columns, lost / max(self.total, 1e-300))
 
+    def _weighed(self, X: torch.Tensor) -> torch.Tensor:
+        return X if self._rows is None else self._rows * X
+
     def _turned(self, X: torch.Tensor) -> torch.Tensor:
-        return X if self._Q is None else self._Q @ X
+        """The way back from T's rows to the outputs."""
+        X = X if self._Q is None else self._Q @ X
+        return X if self._rows is None else X / self._rows
 
     def error(self, W_hat: torch.Tensor) -> float:
         """The objective of any W_hat (O, I), relative to that of an all-zero weight."""
-        E = W_hat.to(torch.float64) - self.W
+        E = self._weighed(W_hat.to(torch.float64) - self.W)
         return float((self.C.after(E) * E).sum()) / max(self.total, 1e-300)
 
     # -- which columns -------------------------------------------------------------------------------------------------

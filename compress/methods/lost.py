@@ -8,7 +8,8 @@ choice of columns (`_lowrank`), columns by several rules, the best of them kept,
 `--weighting none --selector lost --no-refit --columns 0.05 --scope matrix`.
 
 Rank and columns of every linear are chosen under one budget for the model (`_budget`), from errors measured on the dense model.
-With `importance` "gradient" an output's error counts by the squared gradient of the loss at that linear's outputs.
+With `importance` "gradient" an error counts by the mean squared gradient of the loss at that output: between linears in the budget,
+between the outputs of one in its factors.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ __all__ = [
     "survey_observes", "surveys", "workspace",
 ]  # fmt: skip
 GRID = (0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)  # shares of the inputs that are kept as columns
+ROWS = 0.1  # added to each output's share of the gradients, whose mean is 1
 QUICK = ("weight", "diag")  # selectors that the survey measures with
 WEIGHTINGS, SCOPES, IMPORTANCE = ("covariance", "diagonal", "none"), ("model", "matrix"), ("gradient", "relative")
 
@@ -51,7 +53,7 @@ class Config(_factorize.Factorize):
     rank_multiple: int = field(default=16, metadata={"help": "ranks are multiples of this"})
     damp: float = field(default=0.01, metadata={"help": "share of the mean diagonal added to the covariance"})
     samples: int = field(default=16, metadata={"help": "calibration windows that gradients are taken from"})
-    sequential: bool = field(default=True, metadata={"help": "collect again after every group of linears (qkv, o, gate/up, down)"})
+    sequential: bool = field(default=False, metadata={"help": "collect again after every group of linears (qkv, o, gate/up, down)"})
     propagate: bool = field(default=True, metadata={"help": "calibrate each block on the factorized blocks before it"})
 
     def __post_init__(self) -> None:
@@ -147,16 +149,18 @@ def _columns(inputs: int) -> list[int]:
 
 
 class Sensitivity:
-    """`types.Reducer`: the mean over tokens and outputs of (dL/dy)² of every linear."""
+    """`types.Reducer`: the mean over tokens of (dL/dy)² of every linear's outputs (O,)."""
 
     def __init__(self, block: Block) -> None:
-        self._sum = {name: torch.zeros(2, dtype=torch.float64) for name in block.weights}
+        self._sum = {name: torch.zeros(W.shape[0], dtype=torch.float64, device=W.device) for name, W in block.weights.items()}
+        self._tokens = dict.fromkeys(self._sum, 0)
 
     def add(self, name: str, x: torch.Tensor, dy: torch.Tensor) -> None:
-        self._sum[name] += torch.tensor([float(dy.float().square().sum(dtype=torch.float64)), dy.numel()], dtype=torch.float64)
+        self._sum[name] += dy.float().square().sum(0, dtype=torch.float64)
+        self._tokens[name] += len(dy)
 
     def result(self) -> dict[str, torch.Tensor]:
-        return {f"gradient:{name}": found[:1] / found[1:].clamp(min=1) for name, found in self._sum.items()}
+        return {f"gradient:{name}": found / max(1, self._tokens[name]) for name, found in self._sum.items()}
 
 
 def reducer(block: Block, config: Config) -> Reducer | None:
@@ -177,7 +181,7 @@ def settle(results: Callable[[], Iterator[Mapping[str, torch.Tensor]]], config: 
             O, I, energy = found[f"facts:{name}"].tolist()
             shape = (int(O), int(I))
             gradient = f"gradient:{name}"
-            weight = energy * float(found[gradient]) if gradient in found else 1.0
+            weight = energy * float(found[gradient].mean()) if gradient in found else 1.0
             tails = found[f"tails:{name}"]
             linears.append(_budget.options(tails, _columns(shape[1]), shape, weight, config.rank_multiple, config.compact))
             total += shape[0] * shape[1]
@@ -224,7 +228,9 @@ def _problems(block: Block, stats: Mapping[str, InputStats], config: Config) -> 
         else:
             C = _lowrank.moment(stats[names[0]].hessian(), config.damp, names[0])
         for name in names:
-            yield name, _lowrank.Problem(block.weights[name], C)
+            g = block.gradient.get(f"gradient:{name}")
+            rows = None if g is None or not float(g.mean()) else g / g.mean() + ROWS
+            yield name, _lowrank.Problem(block.weights[name], C, rows if rows is None else rows.to(W.device))
 
 
 def compress(
