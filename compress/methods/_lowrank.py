@@ -272,31 +272,32 @@ def for_outputs(W: torch.Tensor, C: Moment, A: torch.Tensor) -> Factors:
 
 
 def search(
-    problem: Problem, rank: int, count: int, selectors: tuple[str, ...] = SELECTORS, rounds: int = 8, refit: bool = True
+    problem: Problem, rank: int, count: int, selectors: tuple[str, ...] = SELECTORS, rounds: int = 4, refit: bool = True
 ) -> tuple[Factors, str]:
-    """The best factors of a rank with `count` columns: every selector on the residual of the factors alone, then alternating
-    (columns by the residual, factors by the columns) until the error stops falling. Also the selector that won."""
+    """The best factors of a rank with `count` columns, and the selector that won.
+
+    Every selector on the residual of the factors alone; then, with the winner, alternately columns by the residual and factors by
+    the columns, until the error stops falling.
+    """
     empty = torch.empty(0, dtype=torch.int64, device=problem.W.device)
     if count == 0:
         return problem.fit(empty, rank, refit), ""
     if count >= problem.shape[1]:
         return problem.fit(torch.arange(problem.shape[1], device=problem.W.device), 0), ""
     U = problem.basis(empty, rank)
-    tried: dict[bytes, Factors] = {}
-
-    def fitted(columns: torch.Tensor) -> Factors:
-        columns = columns.sort().values
-        key = columns.cpu().numpy().tobytes()
-        if key not in tried:
-            tried[key] = problem.fit(columns, rank, refit)
-        return tried[key]
-
-    best, won = min(((fitted(problem.choose(s, U, count)), s) for s in selectors), key=lambda t: t[0].error)
-    for _ in range(rounds if refit else 0):
-        V = problem.basis(best.columns, rank)
-        found, which = min(((fitted(problem.choose(s, V, count)), s) for s in selectors if s != "weight" or len(selectors) == 1),
-                           key=lambda t: t[0].error)  # fmt: skip
-        if found.error >= best.error * (1 - 1e-9):
+    best, won = None, ""
+    for selector in selectors:
+        found = problem.fit(problem.choose(selector, U, count).sort().values, rank, refit)
+        if best is None or found.error < best.error:
+            best, won = found, selector
+    assert best is not None
+    rule = "diag" if won == "weight" and len(selectors) > 1 else won  # "weight" looks at no residual
+    for _ in range(rounds if refit and rule != "weight" else 0):
+        columns = problem.choose(rule, problem.basis(best.columns, rank), count).sort().values
+        if torch.equal(columns, best.columns):
             break
-        best, won = found, which
+        found = problem.fit(columns, rank)
+        if found.error >= best.error * (1 - 1e-6):
+            break
+        best = found
     return best, won

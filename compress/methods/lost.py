@@ -35,7 +35,7 @@ __all__ = [
 ]  # fmt: skip
 GRID = (0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)  # shares of the inputs that are kept as columns
 ROWS = 0.1  # added to each output's share of the gradients, whose mean is 1
-QUICK = ("weight", "diag")  # selectors that the survey measures with
+QUICK = ("weight",)  # selectors that the survey measures with
 WEIGHTINGS, SCOPES, IMPORTANCE = ("covariance", "diagonal", "none"), ("model", "matrix"), ("gradient", "relative")
 
 
@@ -136,7 +136,7 @@ def survey(
         selectors = QUICK if config.selector == "auto" else config.selectors
         for s in _columns(I):
             rank = min(max(0, _budget.rank_of(config.budget((O, I)), s, (O, I), 1, config.compact)), min(O, I))
-            U = problem.basis(start, rank)
+            U = problem.basis(start, 0 if selectors == QUICK or not s else rank)
             tried = [problem.choose(which, U, s).sort().values for which in (selectors if s else selectors[:1])]
             rows.append(torch.stack([problem.tail(c) for c in tried]).amin(0).cpu())
         kept[f"tails:{name}"] = torch.stack(rows)
