@@ -393,9 +393,6 @@ def _report(job: Job, out: Path, began: float, resumed: bool) -> Report:
     zeros = sum((1 - e.get("density", 1.0)) * e["shape"][0] * e["shape"][1] for e in linears)
     total = sum(torch.Size(job.view.shape(n)).numel() for n in job.view.names)
     pruned = any("density" in e for e in linears)
-    factors = [(e["params"], (e["shape"][0], e["shape"][1])) for e in linears if "rank" in e["params"]]
-    kept = sum(lowrank_sparse.parameters(*f) for f in factors) / weights if factors else None
-    return Report(
-        out, len(linears), bits, size, before, error, time.monotonic() - began, resumed,
-        zeros / weights if pruned else None, zeros / total if pruned else None, kept,
-    )  # fmt: skip
+    values = sum(lowrank_sparse.parameters(e["params"], e["shape"]) for e in linears if "rank" in e["params"])
+    shares = (zeros / weights if pruned else None, zeros / total if pruned else None, values / weights if values else None)
+    return Report(out, len(linears), bits, size, before, error, time.monotonic() - began, resumed, *shares)
