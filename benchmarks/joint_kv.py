@@ -50,7 +50,7 @@ def main() -> None:
     text = calibration.load(None, calibration.load_tokenizer(args.model, False), nsamples=16, seqlen=512, seed=None, vocab=vocab)
     seen: dict[int, torch.Tensor] = {}
 
-    def hook(index: int):  # noqa: ANN202
+    def hook(index: int):
         def add(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             x = inputs[0].reshape(-1, inputs[0].shape[-1])
             seen[index] = seen.get(index, 0) + (x.T @ x).double()
