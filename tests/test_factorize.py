@@ -332,9 +332,9 @@ def test_the_whole_weight_stays_where_nothing_else_serves(pico: Callable[..., Pa
         (["--keep", "0.001"], "no rank"),
         (["--keep", "0.7", "--weighting", "cov"], "--weighting 'cov' is unknown"),
         (["--keep", "0.7", "--columns", "0.1"], "--columns fixes what --scope model chooses"),
-        (["--keep", "0.7", "--no-propagate"], "--sequential needs"),
+        (["--keep", "0.7", "--sequential", "--no-propagate"], "--sequential needs"),
         (["--keep", "0.7", "--then-bits", "5"], "--then-bits 5 is not supported"),
-        (["--keep", "0.7", "--no-propagate", "--no-sequential", "--recover", "2"], "--recover trains"),
+        (["--keep", "0.7", "--no-propagate", "--recover", "2"], "--recover trains"),
         (["--keep", "0.7", "-m", "svd", "--format", "sparse"], "is unknown to factorize"),
         (["--keep", "0.7", "-m", "gptq"], "gptq is a method of compress quantize"),
     ],
@@ -358,9 +358,9 @@ def test_a_share_that_no_choice_meets_is_refused() -> None:
 
 
 def test_the_claim_in_miniature(tmp_path: Path) -> None:
-    """At 80 % of the parameters: columns, the budget and the covariance beat whitening, which beats plain SVD."""
+    """At 80 % of the parameters: columns solved together with the factors beat whitening, which beats plain SVD."""
     data = {"dataset": CALIBRATION, "nsamples": 8, "seqlen": 128, "keep": 0.8}
-    quick = {"sequential": False, "selector": "weight", "importance": "relative"}
+    quick = {"scope": "matrix", "columns": 0.5, "selector": "weight", "propagate": False}
     found = {}
     for name, (method, options) in {"svd": ("svd", {}), "svdllm": ("svdllm", {}), "lost": ("lost", quick)}.items():
         compress.factorize(EXAMPLE, method, tmp_path / name, **data, **options)

@@ -67,7 +67,7 @@ class Config(_factorize.Factorize):
                 hint = nearest(getattr(self, name), list(values))
                 raise CompressError(f"--{name} {getattr(self, name)!r} is unknown", hint=hint, usage=True)
         if self.sequential and not self.propagate:
-            raise CompressError("--sequential needs factorized blocks to go on from", hint="add --no-sequential", usage=True)
+            raise CompressError("--sequential needs factorized blocks to go on from", hint="drop --sequential", usage=True)
         if self.columns != -1 and not 0 <= self.columns <= 1:
             raise CompressError(f"--columns {self.columns} is not in 0..1", hint="leave it out, or 0.05", usage=True)
         if self.columns != -1 and self.scope == "model":
