@@ -8,12 +8,13 @@ from compress.errors import CompressError
 
 if TYPE_CHECKING:
     from compress.evaluation import evaluate
-    from compress.fit import Report, prune, quantize
+    from compress.fit import Report, factorize, prune, quantize
     from compress.loading import load, register
 
-__all__ = ["CompressError", "Report", "evaluate", "load", "prune", "quantize", "register"]
+__all__ = ["CompressError", "Report", "evaluate", "factorize", "load", "prune", "quantize", "register"]
 _WHERE = {
     "quantize": "compress.fit",
+    "factorize": "compress.fit",
     "prune": "compress.fit",
     "Report": "compress.fit",
     "load": "compress.loading",

@@ -13,6 +13,7 @@ from compress import registry
 from compress.checkpoint import dtypes, manifest, source, unpacked
 from compress.checkpoint.reader import CheckpointReader, read_json
 from compress.errors import CompressError
+from compress.formats import lowrank_sparse
 from compress.formats._where import loads
 from compress.models import rotate
 from compress.models.skeleton import Skeleton, load_config
@@ -41,6 +42,8 @@ class Description:
     zeros: dict[str, tuple[float, float]]  # last part of a linear's name -> least and greatest share of zeros
     patterns: list[str]  # N:M that the linears keep
     pruned: dict[str, Any] | None  # method and config of the pruning before a quantization
+    factors: dict[str, tuple[int, int, int, int]]  # last part of a linear's name -> least and greatest rank, columns
+    kept: float | None  # share of the factorized linears' parameters
     report: dict[str, Any] | None
 
 
@@ -61,8 +64,21 @@ def describe(folder: Path) -> Description:
         sum(e["bits"] * weights[n] for n, e in linears.items()) / compressed, 8 * stored / (compressed + dense), stored,
         known["source"].get("weight_bytes"), compressed + dense, errors[:5], sum(e for _, e in errors) / len(errors),
         loads(read_json(folder / "config.json")), known["search"], _widths(linears), *_zeros(linears),
-        known["source"].get("pruned"), read_json(report) if report.exists() else None,
+        known["source"].get("pruned"), *_factors(linears), read_json(report) if report.exists() else None,
     )  # fmt: skip
+
+
+def _factors(linears: dict[str, dict[str, Any]]) -> tuple[dict[str, tuple[int, int, int, int]], float | None]:
+    """Ranks and columns by the last part of the names, and the share of the parameters that is left, if any were factorized."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    values = weights = 0
+    for name, entry in linears.items():
+        params, shape = entry["params"], (int(entry["shape"][0]), int(entry["shape"][1]))
+        if entry["kind"] == lowrank_sparse.KIND:
+            found.setdefault(name.rsplit(".", 1)[-1], []).append((params["rank"], params["columns"]))
+            values, weights = values + lowrank_sparse.parameters(params, shape), weights + math.prod(shape)
+    spans = {part: tuple(pick(v) for v in zip(*rows, strict=True) for pick in (min, max)) for part, rows in found.items()}
+    return spans, values / weights if weights else None  # type: ignore[return-value]
 
 
 def _widths(linears: dict[str, dict[str, Any]]) -> dict[str, dict[int, int]]:

@@ -1,4 +1,4 @@
-"""A job becomes an artifact: `quantize`, `prune`, and what they share."""
+"""A job becomes an artifact: `quantize`, `prune`, `factorize`, and what they share."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from compress import calibration
 from compress.checkpoint import manifest, source, unpacked
 from compress.checkpoint.writer import CheckpointWriter, plan_shards
 from compress.errors import CompressError
+from compress.formats import lowrank_sparse
 from compress.job import Asked, Job, prepare
 from compress.pipeline import artifact, memory
 from compress.pipeline.blocks import Blocks
@@ -45,6 +46,7 @@ class Report:
     resumed: bool
     zeros: float | None = None  # share of the pruned linears' weights, and of the whole model's
     zeros_model: float | None = None
+    kept: float | None = None  # share of the factorized linears' parameters
 
 
 def versions() -> dict[str, str]:
@@ -101,6 +103,19 @@ def prune(
     _compress(between, then_method, out, "quantize", dataclasses.replace(second, resume=not replace))
     discard(between)
     return _report(ready.job, out, began, resumed)
+
+
+def factorize(
+    model: str | Path, method: str, out: str | Path, *, dataset: str | Path | None = None, nsamples: int = 128,
+    seqlen: int | None = None, device: str = "auto", resume: bool = True, **options: Any,
+) -> Report:  # fmt: skip
+    """Factorize a Hugging Face checkpoint's linears into thin factors, and with `lost` whole columns; arguments as `quantize`.
+
+    `keep` is the share of the linears' parameters that stays: in the whole model (`scope` "model", lost) or in every linear. With
+    `then_bits` the factors are quantized, each with what it sees.
+    """
+    common = {"dataset": dataset, "nsamples": nsamples, "seqlen": seqlen, "device": device, "resume": resume}
+    return _compress(model, method, Path(out), "factorize", _ask(common | options))
 
 
 def _ask(options: dict[str, Any]) -> Asked:
@@ -300,13 +315,18 @@ def _estimate(job: Job, ask: Asked) -> Estimate:
     windows = (tokens, job.batch_size, job.seqlen or 0)
     found = estimate(job.skeleton, job.view, job.layout, job.method, job.config, size, *windows, job.dtype, ask.states)
     makers = reducers(job.method, job.config, job.layout, job.widths)
+    exact = ask.target_bpw is None and getattr(job.config, "scope", "tensor") != "global" and not _settles_sizes(job)
     if not makers or job.seqlen is None:
-        return found
-    exact = ask.target_bpw is None and getattr(job.config, "scope", "tensor") != "global"
+        return dataclasses.replace(found, exact=exact)
     peak = reverse_bytes(job.skeleton, job.view, len(makers), job.samples, job.seqlen, job.dtype, ask.states)
     seconds = reverse_seconds(job.layout, job.samples * job.seqlen, 4 if ask.target_bpw is not None else 0)
     peak = max(found.peak_memory, peak)
     return dataclasses.replace(found, peak_memory=peak, seconds=found.seconds + seconds, exact=exact)
+
+
+def _settles_sizes(job: Job) -> bool:
+    """Whether a survey decides how much each linear takes, of which only the total is known."""
+    return job.surveys and hasattr(job.method, "settle") and getattr(job.method, "VERB", "") == "factorize"
 
 
 def _calibrate(job: Job, dataset: str | Path | None, ask: Asked, domain: bool = False) -> calibration.Calibration:
@@ -366,5 +386,7 @@ def _report(job: Job, out: Path, began: float, resumed: bool) -> Report:
     error = sum(entry["error"] for entry in linears) / len(linears)
     zeros = sum((1 - e.get("density", 1.0)) * e["shape"][0] * e["shape"][1] for e in linears)
     total = sum(torch.Size(job.view.shape(n)).numel() for n in job.view.names)
-    share = (zeros / weights, zeros / total) if any("density" in e for e in linears) else (None, None)
-    return Report(out, len(linears), bits, size, before, error, time.monotonic() - began, resumed, *share)
+    pruned = any("density" in e for e in linears)
+    values = sum(lowrank_sparse.parameters(e["params"], e["shape"]) for e in linears if "rank" in e["params"])
+    shares = (zeros / weights if pruned else None, zeros / total if pruned else None, values / weights if values else None)
+    return Report(out, len(linears), bits, size, before, error, time.monotonic() - began, resumed, *shares)

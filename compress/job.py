@@ -101,7 +101,8 @@ class Job:
     @property
     def survey_observes(self) -> bool:
         """Whether text runs through the blocks in that walk."""
-        return self.surveys and hasattr(self.method, "survey_collects")
+        own = getattr(self.method, "survey_observes", None)
+        return self.surveys and hasattr(self.method, "survey_collects") and (own is None or bool(own(self.config)))
 
     @property
     def surveys(self) -> bool:

@@ -37,6 +37,10 @@ def inspect_artifact(
     print(f"  linears    {d.linears} at {d.bits_linears:.3f} bits per weight")
     for part, counts in d.widths.items():
         print(f"               {part}: " + ", ".join(f"{n} at {bits} bits" for bits, n in sorted(counts.items())))
+    if d.kept is not None:
+        print(f"  factors    {d.kept:.2%} of the linears' parameters")
+        for part, (low, high, few, many) in d.factors.items():
+            print(f"               {part}: rank {low} to {high}, {few} to {many} columns")
     if d.zeros:
         pattern = f" ({', '.join(d.patterns)}; verify checks every group)" if d.patterns else ""
         ranges = (f"{part} {_span(low, high)}" for part, (low, high) in d.zeros.items())

@@ -1,4 +1,4 @@
-"""`compress quantize` and `compress prune`: common options, and the fields of the chosen method's Config as further options."""
+"""`compress quantize`, `prune` and `factorize`: common options, and the fields of the chosen method's Config as further options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import typer
 from compress import registry
 from compress.errors import CompressError
 
-DEFAULT = {"quantize": "awq", "prune": "sparsegpt"}  # verb -> the method that runs where none is named
+DEFAULT = {"quantize": "awq", "prune": "sparsegpt", "factorize": "lost"}  # verb -> the method that runs where none is named
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _COMMON: dict[str, tuple[Any, Any]] = {
     "model": (Annotated[str, typer.Argument(help="A model folder, or a hub id such as org/name.")], inspect.Parameter.empty),
@@ -65,10 +65,14 @@ _OWN: dict[str, dict[str, tuple[Any, Any]]] = {  # of one verb
         "then_method": (Annotated[str, typer.Option(help="Method of --then-bits.")], "gptq"),
         "then_group_size": (Annotated[int, typer.Option(help="Group size of --then-bits; -1: a whole row.")], 128),
     },
+    "factorize": {
+        "format": (Annotated[str, typer.Option(help="factors (thin matrices and columns) or dense (for any loader).")], "factors"),
+    },
 }  # fmt: skip
 _ABOUT = {
     "quantize": "Quantize a Hugging Face checkpoint, or what prune wrote.",
     "prune": "Prune a Hugging Face checkpoint: zeros in a format that is smaller.",
+    "factorize": "Factorize a Hugging Face checkpoint: thin factors, and whole columns beside them.",
 }
 
 
@@ -153,10 +157,11 @@ def _run(verb: str, common: dict[str, Any], options: dict[str, Any]) -> None:
         print(json.dumps({**dataclasses.asdict(report), "path": str(report.path)}))
         return
     ratio = report.source_bytes / report.bytes
+    kept = "" if report.kept is None else f", {report.kept:.2%} of their parameters"
     zeros = "" if report.zeros is None else f", {report.zeros:.2%} zeros ({report.zeros_model:.2%} of the model)"
     print(
-        f"{report.path}: {report.linears} linears at {report.bits_per_weight:.2f} bits per weight{zeros}, {size(report.bytes)} "
-        f"({ratio:.2f}x smaller), mean error {report.mean_error:.4f}, {report.seconds:.0f} s"
+        f"{report.path}: {report.linears} linears at {report.bits_per_weight:.2f} bits per weight{kept}{zeros}, "
+        f"{size(report.bytes)} ({ratio:.2f}x smaller), mean error {report.mean_error:.4f}, {report.seconds:.0f} s"
     )
 
 

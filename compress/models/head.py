@@ -30,7 +30,7 @@ class Head:
             if hasattr(config, name):
                 raise CompressError(
                     f"model family {config.model_type!r} scales its logits ({name}), which gradient methods do not know",
-                    hint="use a method without gradients, such as awq, gptq or rsq",
+                    hint="use a method without gradients, such as awq, gptq or rsq; of lost --importance relative",
                 )
         self.cap: float | None = getattr(config, "final_logit_softcapping", None)
         module, embedding = model.get_output_embeddings(), model.get_input_embeddings()

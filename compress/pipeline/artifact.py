@@ -11,11 +11,13 @@ from compress.checkpoint import manifest
 from compress.checkpoint.reader import read_json
 from compress.checkpoint.source import companions
 from compress.checkpoint.writer import disk_errors, fsync_folder, write_file, write_json
+from compress.formats import lowrank_sparse
 from compress.formats._where import loads
 from compress.models.skeleton import Skeleton
 from compress.pipeline.layout import AWQ, DENSE, Layout, Target
 
-COUNTED = frozenset({"nnz", "outliers", "second_level"})  # params of single linears, which a loader reads off their tensors
+# params of single linears, which a loader reads off their tensors
+COUNTED = frozenset({"nnz", "outliers", "second_level", "rank", "columns"})
 
 
 def quantization_config(layout: Layout, skeleton: Skeleton) -> dict[str, Any] | None:
@@ -77,12 +79,17 @@ def words(layout: Layout) -> str:
     params = [t.params for t in layout.targets.values()]
     patterns = sorted({f"{p['n']}:{p['m']}" for p in params if "n" in p})
     out = [f"{'/'.join(patterns)} sparse"] if patterns else []
-    if "gamma" in params[0]:
-        ranks, kept = (sorted({p[key] for p in params}) for key in ("rank", "kept"))
-        out.append(f"rank {'/'.join(map(str, ranks))}, {'/'.join(map(str, kept))} dense columns, gamma {params[0]['gamma']:g}")
     if "nnz" in params[0]:
         total = sum(t.shape[0] * t.shape[1] for t in layout.targets.values())
         out.append(f"{1 - sum(p['nnz'] for p in params) / total:.1%} zeros")
+    if "gamma" in params[0]:
+        ranks, kept = (sorted({p[key] for p in params}) for key in ("rank", "kept"))
+        out.append(f"rank {'/'.join(map(str, ranks))}, {'/'.join(map(str, kept))} dense columns, gamma {params[0]['gamma']:g}")
+    elif "rank" in params[0]:
+        total = sum(t.shape[0] * t.shape[1] for t in layout.targets.values())
+        left = sum(lowrank_sparse.parameters(t.params, t.shape) for t in layout.targets.values())
+        out.append(f"{left / total:.1%} of the parameters")
+        out += [f"{params[0]['value_bits']} bits"] if "value_bits" in params[0] else []
     if "bits" in params[0]:
         size = params[0]["group_size"]
         out += [

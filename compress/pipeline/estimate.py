@@ -151,7 +151,7 @@ def _seconds(method: ModuleType, config: Any, weights: int, tokens: int, size: i
     own = method.seconds(config, weights) if hasattr(method, "seconds") else rounding
     if not tokens:
         return own + size / 3e8
-    if getattr(method, "VERB", "") == "prune":
+    if getattr(method, "VERB", "") in ("prune", "factorize"):
         walks = 1 + bool(getattr(config, "propagate", False)) + bool(getattr(config, "sequential", False)) + 4 * config.recover
         return own + 2 * weights * tokens * walks / flops + size / 3e8
     if hasattr(method, "stages"):

@@ -21,8 +21,9 @@ from compress.types import Packed, Sparsity, Wrappers
 
 logger = logging.getLogger(__name__)
 Choices = Mapping[str, Mapping[str, Any]]  # full name of a linear -> format params that replace the config's
-QUANTIZED, SPARSE, AWQ, DENSE = "pack-quantized", "sparse", "awq", "dense"
-LAYOUTS = {"quantize": (QUANTIZED, AWQ, DENSE), "prune": (SPARSE, DENSE)}  # the first is the verb's own
+QUANTIZED, SPARSE, FACTORS, AWQ, DENSE = "pack-quantized", "sparse", "factors", "awq", "dense"
+# of a verb, its own first
+LAYOUTS = {"quantize": (QUANTIZED, AWQ, DENSE), "prune": (SPARSE, DENSE), "factorize": (FACTORS, DENSE)}
 
 
 @dataclass(frozen=True, slots=True)
