@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import CompressError
 
 if TYPE_CHECKING:
+    from compress.bundling import bundle, extract
     from compress.evaluation import evaluate
     from compress.fit import Report, prune, quantize
     from compress.loading import load, register
 
-__all__ = ["CompressError", "Report", "evaluate", "load", "prune", "quantize", "register"]
+__all__ = ["CompressError", "Report", "bundle", "evaluate", "extract", "load", "prune", "quantize", "register"]
 _WHERE = {
     "quantize": "compress.fit",
     "prune": "compress.fit",
+    "bundle": "compress.bundling",
+    "extract": "compress.bundling",
     "Report": "compress.fit",
     "load": "compress.loading",
     "register": "compress.loading",

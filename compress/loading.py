@@ -19,6 +19,7 @@ from torch import nn
 
 from compress import devices, registry
 from compress.checkpoint import dtypes, manifest, source
+from compress.checkpoint.bundled import is_bundle
 from compress.checkpoint.reader import CheckpointReader, read_json
 from compress.errors import CompressError
 from compress.formats import awq
@@ -43,17 +44,23 @@ def load(
     exact: bool | None = None,
     device_map: str | Mapping[str, Any] | None = None,
     task: str | None = None,
+    base: str | Path | None = None,
 ) -> PreTrainedModel:
     """The language or vision-language model in a folder (or of a hub id), in eval mode; a dense folder gives the ordinary model.
 
-    `device` "auto" is cuda where there is one, else the CPU. `dtype` defaults to the checkpoint's; on a CPU fp16
-    becomes bf16, or fp32 with `exact`, which keeps to kernels equal to the reference. `device_map` ("auto" or a
-    dictionary) spreads the model over devices with accelerate, in place of `device`. Never runs code from the folder.
+    `device` "auto" is cuda where there is one, else the CPU. `dtype` defaults to the checkpoint's; on a CPU fp16 becomes bf16, or
+    fp32 with `exact`, which keeps to kernels equal to the reference. `device_map` ("auto" or a dictionary) spreads the model over
+    devices with accelerate, in place of `device`. Never runs code from the folder. Of a bundle, `task` gives that task's model
+    (`set_task` switches it), None one for mixed batches (`set_tasks`); `base` is the bundle's base where it lies elsewhere.
     """
-    if task is not None:
-        raise CompressError(f"{path}: not a bundle, so it has no task {task!r}", hint="leave the task out", usage=True)
     register()
     folder = source.resolve(path)
+    if is_bundle(folder):
+        from compress.switching import load as load_bundle
+
+        return load_bundle(folder, task, base, torch.device(devices.pick(device)), dtype, bool(exact))
+    if task is not None:
+        raise CompressError(f"{path}: not a bundle, so it has no task {task!r}", hint="leave the task out", usage=True)
     settings = read_json(folder / "config.json").get("quantization_config")
     reader = CheckpointReader(folder)
     device = devices.pick(device)

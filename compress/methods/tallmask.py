@@ -74,12 +74,17 @@ def shared(tau: torch.Tensor, sums: Sums, config: Config, trim: tuple[Sequence[f
         scale = torch.tensor(factors, dtype=tau.dtype, device=tau.device).view(-1, 1, 1)
         return _taskmask.refined(tau / scale)
     if config.mode == "sign":
-        unit = sum(sums.mean_abs()) / len(tau)
-        return _taskmask.magnitude(tau, sums.mean_abs()) * unit
+        return _taskmask.magnitude(tau, sums.mean_abs()) * _average(sums.mean_abs())
     if trim is not None:
         kept = _taskmask.trimmed(tau, trim[0])
         return _taskmask.disjoint(kept, _taskmask.elected(kept, trim[1]), mean=False)
     return tau.sum(0)
+
+
+def _average(sizes: Sequence[float]) -> float:
+    """Mean over the tasks that changed the tensor; factors near 1 fit fp16 however small the deltas are."""
+    found = [s for s in sizes if s > 0]
+    return sum(found) / len(found) if found else 1.0
 
 
 def provisional(sums: Sums, config: Config) -> list[float]:
@@ -87,8 +92,7 @@ def provisional(sums: Sums, config: Config) -> list[float]:
     sizes = sums.rms()
     if config.mode != "refined":
         return [1.0] * len(sizes)
-    unit = sum(sizes) / len(sizes)
-    return [s / unit if s > 0 else 1.0 for s in sizes]
+    return [s / _average(sizes) if s > 0 else 1.0 for s in sizes]
 
 
 def bits(tau: torch.Tensor, v: torch.Tensor, factor: float, lam: float, config: Config) -> torch.Tensor:
@@ -103,5 +107,5 @@ def scales(tensors: Sequence[Sums], config: Config) -> list[list[float]]:
     if config.rescale:
         return [_taskmask.least_squares(s) for s in tensors]
     if config.mode == "sign":
-        return [[_taskmask.half(m / (sum(s.mean_abs()) / len(s.tau1))) for m in s.mean_abs()] for s in tensors]
+        return [[_taskmask.half(m / _average(s.mean_abs())) for m in s.mean_abs()] for s in tensors]
     return [[_taskmask.half(f) for f in provisional(s, config)] for s in tensors]
