@@ -11,13 +11,15 @@ if TYPE_CHECKING:
     from compress.evaluation import evaluate
     from compress.fit import Report, prune, quantize
     from compress.loading import load, register
+    from compress.merging import merge
 
-__all__ = ["CompressError", "Report", "bundle", "evaluate", "extract", "load", "prune", "quantize", "register"]
+__all__ = ["CompressError", "Report", "bundle", "evaluate", "extract", "load", "merge", "prune", "quantize", "register"]
 _WHERE = {
     "quantize": "compress.fit",
     "prune": "compress.fit",
     "bundle": "compress.bundling",
     "extract": "compress.bundling",
+    "merge": "compress.merging",
     "Report": "compress.fit",
     "load": "compress.loading",
     "register": "compress.loading",

@@ -373,14 +373,18 @@ def _copy(opened: bundled.Bundle, task: str, work: WorkDir, max_shard: int) -> N
     plan = [Planned(n, e.dtype, e.shape) for n, e in reader.entries.items()]
     writer = CheckpointWriter(work.artifact, plan, max_shard)
     writer.open(fresh=work.done == 0)
+    since = 0
     for index, name in enumerate(reader.names):
         if index >= work.done:
             start = 0
             for piece in reader.chunks(name):
                 writer.write_piece(name, start, piece)
                 start += len(piece)
-            writer.flush()
-            work.commit(index + 1)
+            since += reader.entry(name).nbytes
+            if since >= planes.STEP or index + 1 == len(plan):
+                writer.flush()
+                work.commit(index + 1)
+                since = 0
     writer.finish()
     reader.close()
     with opened.companions(task) as folder:

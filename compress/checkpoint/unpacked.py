@@ -21,6 +21,8 @@ def read(folder: Path) -> dict[str, Any] | None:
     if not (folder / manifest.FILE).is_file():
         return None
     known = manifest.read(folder)
+    if not known["linears"]:  # merged, or one task of a bundle: an ordinary checkpoint
+        return None
     narrow = any("bits" in entry["params"] and entry["kind"] != "dense" for entry in known["linears"].values())
     return None if narrow else known
 

@@ -21,7 +21,7 @@ def _files(text: str | Path | Mapping[str, str | Path] | None, names: list[str])
 
 
 def evaluate_tasks(
-    path: str | Path, tasks: list[str] | None = None, *, base: str | Path | None = None,
+    path: str | Path, which: list[str] | None = None, *, base: str | Path | None = None,
     text: str | Path | Mapping[str, str | Path] | None = None, baseline: Any = None, device: str = "auto", dtype: Any = None,
     **options: Any,
 ) -> dict[str, EvalReport]:  # fmt: skip
@@ -35,7 +35,7 @@ def evaluate_tasks(
 
     folder = Path(path)
     known = bundled.facts(folder)
-    names = list(known["tasks"]) if tasks is None else tasks
+    names = list(known["tasks"]) if which is None else which
     for name in names:
         bundled.task_folder(folder, known, name)
     files = _files(text, names)

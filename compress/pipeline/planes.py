@@ -25,6 +25,7 @@ from compress.pipeline.tensors import Item, Source, Trim
 from compress.types import Progress
 
 SHARED = "shared"
+STEP = 8 << 20  # weights between two resume points: syncing after every norm would take longer than the work
 
 
 def stream(task: str) -> str:
@@ -58,16 +59,19 @@ class Walk:
             self.work.commit(0)
         if self.config.trims:
             self.trim = state["trim"]
-        began, first = time.monotonic(), self.work.done
+        began, first, since = time.monotonic(), self.work.done, 0
         for index, item in enumerate(self.items):
             if index < first:
                 continue
             start = time.monotonic()
             error = self._masked(item, spool) if item.masked else None
             self._whole(item, spool)
-            spool.flush()
-            self.work.commit(index + 1)
-            memory.trim()
+            since += max(item.size, 1)
+            if since >= STEP or index + 1 == len(self.items):
+                spool.flush()
+                self.work.commit(index + 1)
+                memory.trim()
+                since = 0
             self._say(item, index, first, time.monotonic() - start, began, error)
         if self.work.done == len(self.items):
             self._factors(spool)
