@@ -93,11 +93,10 @@ def bundle(
             tidy(work_path)
         logger.info("%s is already there, made by the same job (--restart makes it again)", target)
         return _report(job, target, began, True)
+    tensors.refuse_duplicates(job.base, job.tunes, job.items)
     work = WorkDir(work_path, mark, restart=not resume)
     resumed = work.done > 0
     try:
-        if not resumed:
-            tensors.refuse_duplicates(job.base, job.tunes, job.items)
         _check_space(job, work)
         lambdas = _lambdas(job, work, texts, validation_windows, seqlen)
         with memory.long_run():

@@ -124,8 +124,9 @@ def batch(
     texts: list[str] = []
     for name, prompt, row, end in zip(names, prompts, out[:, width:].tolist(), ends, strict=True):
         stop = next((i for i, token in enumerate(row) if token in end), len(row))
-        more = tokenizers[name].decode(encoded[len(texts)].tolist() + row[:stop], skip_special_tokens=True)
-        texts.append(more if not chat else more.removeprefix(prompt))
+        head = encoded[len(texts)].tolist()  # decoded together: a first token alone may lose its space
+        before, whole = (tokenizers[name].decode(t, skip_special_tokens=True) for t in (head, head + row[:stop]))
+        texts.append(("" if chat else prompt) + whole.removeprefix(before))
     return texts
 
 

@@ -63,11 +63,10 @@ def merge(
             tidy(work_path)
         logger.info("%s is already there, made by the same job (--restart makes it again)", target)
         return _report(target, began, True)
+    tensors.refuse_duplicates(blend.base, blend.tunes, blend.items)
     work = WorkDir(work_path, mark, restart=not resume)
     resumed = work.done > 0
     try:
-        if not resumed:
-            tensors.refuse_duplicates(blend.base, blend.tunes, blend.items)
         _check_space(work, plan_shards(blend.plan(), max_shard_size))
         state = work.state
         if blend.config.trims and "trim" not in state:
@@ -235,7 +234,8 @@ def _companions(blend: Blend, folder: Path, method: str, alpha: float) -> None:
     names = ", ".join(f"`{t.name}`" for t in blend.tunes)
     card = (
         f"---\nlibrary_name: transformers\ntags: [compress, merge, {method}]\n---\n"
-        f"# {blend.base.name} merged with {len(blend.tunes)} fine-tunes\n\nMade with llm-compress: {method}, alpha {alpha:g}, of {names}. An ordinary checkpoint.\n"
+        f"# {blend.base.name} merged with {len(blend.tunes)} fine-tunes\n\n"
+        f"Made with llm-compress: {method}, alpha {alpha:g}, of {names}. An ordinary checkpoint.\n"
     )
     write_file(folder / "README.md", card.encode())
     fsync_folder(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,7 +59,8 @@ class PerTask(nn.Module):
             return self._run(next(iter(groups)), x, args, kwargs)
         out: torch.Tensor | None = None
         for task, rows in groups.items():
-            y = self._run(task, x[rows], args, kwargs)
+            mine = functools.partial(_pick, rows=rows, count=len(x))
+            y = self._run(task, x[rows], tuple(map(mine, args)), {k: mine(v) for k, v in kwargs.items()})
             out = y.new_empty(len(x), *y.shape[1:]) if out is None else out
             out[rows] = y
         assert out is not None
@@ -68,6 +70,11 @@ class PerTask(nn.Module):
         tensors = self.own.get(task, x.device)
         y: torch.Tensor = torch.func.functional_call(self.module, tensors, (x, *args), kwargs)
         return y
+
+
+def _pick(value: Any, rows: list[int], count: int) -> Any:
+    """Some rows of an argument that has as many as the batch; any other argument as it is."""
+    return value[rows] if isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == count else value
 
 
 class _Kept:
@@ -147,7 +154,9 @@ class TaskEmbedding(nn.Module):
         self.tails, self.dense = dict(tails), dict(dense)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token ids (B, …) -> (B, …, D), rounded once to the table's dtype."""
+        """Token ids (B, …) -> (B, …, D), rounded once to the table's dtype. One row of positions stands for all rows' tasks."""
+        if len(ids) == 1 and self.rows.names is not None and len(self.rows.names) > 1:
+            ids = ids.expand(len(self.rows.names), *ids.shape[1:])
         out = self.weight.new_empty(*ids.shape, self.weight.shape[1])
         for task, rows in self.rows.groups(len(ids)).items():
             out[rows] = self._lookup(task, ids[rows])

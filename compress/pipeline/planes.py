@@ -188,11 +188,10 @@ class Walk:
     # -- at the end --------------------------------------------------------------------------------------------------------
 
     def sums(self) -> dict[str, Sums]:
-        """What is known of every tensor that some fine-tune changed."""
-        return {
-            name: Sums(row["count"], *(tuple(row[key]) for key in ("tau1", "tau2", "dot", "d1", "d2", "ones")))
-            for name, row in self.work.state["sums"].items()
-        }
+        """What is known of every tensor that some fine-tune changed, in the order of the walk: a resume point has another."""
+        known, keys = self.work.state["sums"], ("tau1", "tau2", "dot", "d1", "d2", "ones")
+        rows = {i.name: known[i.name] for i in self.items if i.name in known}
+        return {name: Sums(row["count"], *(tuple(row[key]) for key in keys)) for name, row in rows.items()}
 
     def scales(self) -> dict[str, list[float]]:
         """s of every such tensor and task."""
