@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import CompressError
 
 if TYPE_CHECKING:
-    from compress.bundling import bundle, extract
+    from compress.bundling import bundle
     from compress.evaluation import evaluate
+    from compress.extracting import extract
     from compress.fit import Report, prune, quantize
     from compress.loading import load, register
     from compress.merging import merge
@@ -18,7 +19,7 @@ _WHERE = {
     "quantize": "compress.fit",
     "prune": "compress.fit",
     "bundle": "compress.bundling",
-    "extract": "compress.bundling",
+    "extract": "compress.extracting",
     "merge": "compress.merging",
     "Report": "compress.fit",
     "load": "compress.loading",

@@ -79,14 +79,18 @@ def describe(folder: Path) -> BundleFacts:
     report = folder / "report.json"
     return BundleFacts(
         facts["base"]["name"], facts["base"]["included"], known["method"], known["config"], facts["bits"], facts["shared"],
-        facts["parameters"], _weights(known["files"], "shared/"), known["source"]["weight_bytes"],
+        facts["parameters"], _weights(known["files"], "shared/") + _weights(known["files"], "low/"),
+        known["source"]["weight_bytes"],
         sum(t["weight_bytes"] for t in known["finetunes"].values()), tasks, loads(read_json(folder / "config.json")),
         read_json(report) if report.exists() else None,
     )  # fmt: skip
 
 
 def _own(folder: Path, task: str) -> CheckpointReader | None:
-    path = folder / "tasks" / task
+    return _weights_of(folder / "tasks" / task)
+
+
+def _weights_of(path: Path) -> CheckpointReader | None:
     return CheckpointReader(path) if any(path.glob("model*.safetensors")) else None
 
 
@@ -104,9 +108,8 @@ def verify(folder: Path, base: str | Path | None = None) -> list[str]:
     for name in sorted(used):
         params = {"shared": facts["shared"], "group_size": facts["tensors"][name]["group_size"]}
         wanted |= {f"{name}.{s}": spec for s, spec in masked_delta.shared_spec(params, shapes[name]).items()}
-    path = folder / "shared"
-    reader = CheckpointReader(path) if any(path.glob("model*.safetensors")) else None
-    problems += _compare("shared", reader, wanted)
+    for part in ("shared", "low") if facts["bits"] == "level" else ("shared",):
+        problems += _compare(part, _weights_of(folder / part), wanted)
     if base is not None or facts["base"]["included"]:
         bundled.find_base(folder, facts["base"], base)
     return problems

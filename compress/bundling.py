@@ -1,4 +1,4 @@
-"""Many fine-tunes become one artifact (`bundle`), and one of them an ordinary checkpoint again (`extract`)."""
+"""Many fine-tunes become one artifact (`bundle`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from compress import devices, registry
 from compress.checkpoint import bundled, manifest, source
 from compress.checkpoint.reader import matrix
-from compress.checkpoint.writer import MAX_SHARD, CheckpointWriter, Planned, disk_errors, fsync_folder, write_file, write_json
+from compress.checkpoint.writer import MAX_SHARD, disk_errors, fsync_folder, write_file, write_json
 from compress.errors import CompressError
 from compress.fit import TOOL, _already_done, _places, versions
 from compress.formats import masked_delta
@@ -164,7 +164,7 @@ def _texts(job: _Job, validation: Mapping[str, str | Path] | None) -> dict[str, 
 def _check_space(job: _Job, work: WorkDir) -> None:
     """Refuse to start what cannot be finished: spools, and the largest of them once more while it becomes shards."""
     shared, tasks = 0, dict.fromkeys((t.name for t in job.tunes), 0)
-    width = masked_delta.width(job.config.shared)
+    width = masked_delta.width(job.config.shared) * (2 if job.config.pair else 1)
     for item in job.items:
         if item.masked and item.shape is not None:
             rows, columns = matrix(item.shape)
@@ -217,7 +217,9 @@ def _build(job: _Job, work: WorkDir, lambdas: Mapping[str, float], base: bool = 
     """Everything but the manifest, into the work folder's artifact; returns the tasks' part of the manifest."""
     walk = Walk(job.base, job.tunes, job.items, job.method, job.config, lambdas, job.device, work, job.progress)
     spool = walk.run()
-    folders = {SHARED: work.artifact / "shared", **{planes.stream(t.name): work.artifact / "tasks" / t.name for t in job.tunes}}
+    parts = (SHARED, planes.LOW) if job.config.pair else (SHARED,)
+    folders = {part: work.artifact / part for part in parts}
+    folders |= {planes.stream(t.name): work.artifact / "tasks" / t.name for t in job.tunes}
     done = work.state.setdefault("assembled", [])
     for name, folder in folders.items():
         if name not in done:
@@ -297,12 +299,17 @@ def _write_facts(job: _Job, work: WorkDir, lambdas: Mapping[str, float]) -> None
         work.artifact / bundled.FILE,
         {
             "schema": bundled.SCHEMA, "kind": masked_delta.KIND, "version": masked_delta.VERSION, "method": job.name,
-            "bit_order": masked_delta.BIT_ORDER, "bits": "sign" if job.config.are_signs else "mask", "shared": job.config.shared,
+            "bit_order": masked_delta.BIT_ORDER, "bits": _bits(job.config), "shared": job.config.shared,
             "parameters": total, "base": base, "tensors": state["shapes"], "tasks": tasks, "lambdas": dict(lambdas),
         },
     )  # fmt: skip
     artifact.write_json_as_is(work.artifact / "config.json", bundled.guard(job.base.config))
     write_file(work.artifact / "README.md", _card(job).encode())
+
+
+def _bits(config: Any) -> str:
+    """What the bits are."""
+    return "level" if config.pair else "sign" if config.are_signs else "mask"
 
 
 def _card(job: _Job) -> str:
@@ -327,69 +334,7 @@ def _report(job: _Job, out: Path, began: float, resumed: bool) -> BundleReport:
     rows = {name: bundled.read_json(out / "tasks" / name / "task.json") for name in known["tasks"]}
     bad = [f"{task}: {n}" for task, row in rows.items() for n, r in row["tensors"].items() if r["error"] > 1]
     return BundleReport(
-        out, {n: r["error"] for n, r in rows.items()}, {n: r["lambda"] for n, r in rows.items()}, size("shared/"), size("tasks/"),
+        out, {n: r["error"] for n, r in rows.items()}, {n: r["lambda"] for n, r in rows.items()}, size("shared/") + size("low/"),
+        size("tasks/"),
         job.base.weight_bytes, sum(t.weight_bytes for t in job.tunes), bad, time.monotonic() - began, resumed,
     )  # fmt: skip
-
-
-# -- back to a checkpoint --------------------------------------------------------------------------------------------------
-
-
-def extract(
-    path: str | Path, task: str, out: str | Path, *, base: str | Path | None = None, work_dir: str | Path | None = None,
-    resume: bool = True, max_shard_size: int = MAX_SHARD,
-) -> Path:  # fmt: skip
-    """Write one task of a bundle as an ordinary checkpoint: what `load(path, task=task)` runs, in the fine-tune's own dtype."""
-    folder = Path(path)
-    if not bundled.is_bundle(folder):
-        raise CompressError(f"{folder}: not a bundle", hint="give the folder that compress bundle wrote", usage=True)
-    opened = bundled.Bundle(folder, base)
-    opened.task_folder(task)
-    facts = {
-        "tool": f"{TOOL} {versions()[TOOL]}", "format": "dense", "method": opened.facts["method"], "config": {"task": task},
-        "source": {"name": task, "revision": None, "files": {bundled.FILE: source.sha256(folder / bundled.FILE)}},
-        "seed": None, "calibration_sha256": None, "versions": versions(), "extra": [], "linears": {}, "search": [],
-    }  # fmt: skip
-    table = manifest.file_table(folder)
-    mark = fingerprint({**facts, "bundle": table, "shard": max_shard_size})
-    target, work_path = _places(Path(out), Path(work_dir) if work_dir is not None else None)
-    replace = not resume or may_replace(work_path, mark)
-    if _already_done(target, mark, not resume, replace):
-        return target
-    work = WorkDir(work_path, mark, restart=not resume)
-    try:
-        _copy(opened, task, work, max_shard_size)
-        artifact.write_manifest(work.artifact, {**facts, "job": mark})
-        work.publish(target, work_dir is not None, replace)
-    finally:
-        work.close()
-    return target
-
-
-def _copy(opened: bundled.Bundle, task: str, work: WorkDir, max_shard: int) -> None:
-    """A task's tensors and files into the work folder; every tensor is a resume point."""
-    reader = opened.reader(task)
-    plan = [Planned(n, e.dtype, e.shape) for n, e in reader.entries.items()]
-    writer = CheckpointWriter(work.artifact, plan, max_shard)
-    writer.open(fresh=work.done == 0)
-    since = 0
-    for index, name in enumerate(reader.names):
-        if index >= work.done:
-            start = 0
-            for piece in reader.chunks(name):
-                writer.write_piece(name, start, piece)
-                start += len(piece)
-            since += reader.entry(name).nbytes
-            if since >= planes.STEP or index + 1 == len(plan):
-                writer.flush()
-                work.commit(index + 1)
-                since = 0
-    writer.finish()
-    reader.close()
-    with opened.companions(task) as folder:
-        for path in folder.iterdir():
-            if path.name != "config.json":
-                with disk_errors(work.artifact / path.name):
-                    shutil.copyfile(path, work.artifact / path.name)
-    artifact.write_json_as_is(work.artifact / "config.json", opened.config(task))
-    fsync_folder(work.artifact)

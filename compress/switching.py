@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -239,7 +240,8 @@ def _has_shared(bundle: Bundle, name: str) -> bool:
 
 def _to(shared: kernel.Shared, device: torch.device) -> kernel.Shared:
     scale = None if shared.scale is None else shared.scale.to(device)
-    return kernel.Shared(shared.values.to(device), scale, shared.bits, shared.zero)
+    low = None if shared.low is None else _to(shared.low, device)
+    return replace(shared, values=shared.values.to(device), scale=scale, low=low)
 
 
 def _dense(names: Mapping[str, str], reader: BundledReader, module: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -170,12 +171,17 @@ class TaskEmbedding(nn.Module):
         W = self.weight[inside]
         if task in self.deltas and self.shared is not None:
             found, D = self.deltas[task], self.weight.shape[1]
-            values = self.shared.values if self.shared.values.dim() == 1 else self.shared.values[inside]
-            scale = None if self.shared.scale is None else self.shared.scale[inside]
-            v = kernel.decode_shared(kernel.Shared(values, scale, self.shared.bits, self.shared.zero), D)
-            own = kernel.decode(kernel.Delta(found.mask[inside], found.scale), v, D, self.are_signs)
+            pair = kernel.values(_rows_of(self.shared, inside), D, self.are_signs)
+            own = kernel.decode(kernel.Delta(found.mask[inside], found.scale), pair, D)
             W = (W.float() + own).to(W.dtype)
         if task in self.tails:
             beyond = kinds >= len(self.weight)
             W[beyond] = self.tails[task][kinds[beyond] - len(self.weight)]
         return W[where]
+
+
+def _rows_of(shared: kernel.Shared, rows: torch.Tensor) -> kernel.Shared:
+    """Some rows of a shared vector."""
+    values = shared.values if shared.values.dim() == 1 else shared.values[rows]
+    low = None if shared.low is None else _rows_of(shared.low, rows)
+    return replace(shared, values=values, scale=None if shared.scale is None else shared.scale[rows], low=low)

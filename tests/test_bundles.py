@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -83,32 +84,40 @@ def exact(path: Path, **options: Any) -> Any:
 # -- bytes -----------------------------------------------------------------------------------------------------------------
 
 
+def vector(facts: dict[str, Any], shared: Tensors, name: str, shape: tuple[int, int]) -> torch.Tensor:
+    """A shared vector, decoded with Python's integers."""
+    O, I = shape
+    if facts["shared"] == "bf16":
+        return shared[f"{name}.shared"].double()
+    if facts["shared"] == "constant":
+        return shared[f"{name}.shared"].double().expand(O, I)
+    v = torch.empty(O, I, dtype=torch.float64)
+    bits = int(facts["shared"][3:])
+    scale = shared[f"{name}.shared_scale"].double()
+    zero = 0 if facts["bits"] == "sign" else 2 ** (bits - 1)
+    for row in range(O):
+        number = int.from_bytes(shared[f"{name}.shared_packed"][row].numpy().tobytes(), "little")
+        for column in range(I):
+            code = number >> (bits * column) & (2**bits - 1)
+            v[row, column] = (code - zero) * scale[row, column * scale.shape[1] // I]
+    return v
+
+
 def by_hand(out: Path, base: Path, task: str, name: str) -> torch.Tensor:
     """theta_0 + s d of one tensor from the files alone, bit by bit."""
     facts = json.loads((out / "bundle.json").read_text())
     W0 = load_file(base / "model.safetensors")[name].double()
     own, shared = load_file(out / "tasks" / task / "model.safetensors"), load_file(out / "shared" / "model.safetensors")
     O, I = W0.shape
-    v = torch.empty(O, I, dtype=torch.float64)
-    if facts["shared"] == "bf16":
-        v = shared[f"{name}.shared"].double()
-    elif facts["shared"] == "constant":
-        v[:] = shared[f"{name}.shared"].double()
-    else:
-        bits = int(facts["shared"][3:])
-        scale = shared[f"{name}.shared_scale"].double()
-        zero = 0 if facts["bits"] == "sign" else 2 ** (bits - 1)
-        for row in range(O):
-            number = int.from_bytes(shared[f"{name}.shared_packed"][row].numpy().tobytes(), "little")
-            for column in range(I):
-                code = number >> (bits * column) & (2**bits - 1)
-                v[row, column] = (code - zero) * scale[row, column * scale.shape[1] // I]
+    v = vector(facts, shared, name, (O, I))
     coded = own.get(f"{name}.mask_deflate")
     raw = own[f"{name}.mask"].numpy().tobytes() if coded is None else zlib.decompress(coded.numpy().tobytes())
     words = struct.unpack(f"<{len(raw) // 4}I", raw)
     per = len(words) // O
     mask = torch.tensor([[words[o * per + i // 32] >> (i % 32) & 1 for i in range(I)] for o in range(O)], dtype=torch.float64)
     d = (2 * mask - 1) * v if facts["bits"] == "sign" else mask * v
+    if facts["bits"] == "level":
+        d = d + (1 - mask) * vector(facts, load_file(out / "low" / "model.safetensors"), name, (O, I))
     return W0 + float(own[f"{name}.scale"]) * d
 
 
@@ -117,7 +126,7 @@ def by_hand(out: Path, base: Path, task: str, name: str) -> torch.Tensor:
     [
         ("tallmask", {"mode": "mask", "shared": "bf16", "rescale": False}), ("tallmask", {"mode": "refined", "shared": "int4"}),
         ("tallmask", {"mode": "sign", "shared": "int8"}), ("tallmask", {"mode": "mask", "vector": "ties", "shared": "int8"}),
-        ("emr", {"shared": "bf16"}), ("bitdelta", {}),
+        ("tallmask", {"mode": "levels", "shared": "int4"}), ("emr", {"shared": "bf16"}), ("bitdelta", {}),
     ],
 )  # fmt: skip
 def test_a_task_is_the_base_plus_what_its_bits_make_of_the_shared_vector(
@@ -201,7 +210,7 @@ def test_a_piece_of_all_checkpoints_fits_the_room() -> None:
         rows = math.prod(shape[:-1])
         assert found[0][0] == 0
         assert found[-1][1] == rows
-        assert all(a[1] == b[0] for a, b in zip(found, found[1:], strict=False))
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(found))
         assert max(stop - start for start, stop in found) * shape[-1] * copies <= tensors.ROOM
 
 
@@ -264,7 +273,8 @@ def test_a_mixed_batch_is_each_rows_own_model(family: str, pico: Callable[..., P
 
     made = {"a": tune(model, tmp_path / "a", 1), "b": tune(model, tmp_path / "b", 2, all_of_it)}
     out = tmp_path / "out"
-    compress.bundle(model, made, out, shared="int8")
+    compress.bundle(model, made, out, shared="int8", mode="levels" if family == "gemma2" else "refined")
+    assert compress_verify(out, model) == []
     dense = {t: logits(exact(out, task=t, base=model))[0] for t in "ab"}
     dense[None] = logits(exact(model))[0]  # type: ignore[index]
     mixed = exact(out, base=model)
@@ -526,7 +536,8 @@ def test_errors_above_1_are_said(base: Path, tmp_path: Path, caplog: pytest.LogC
         ({"finetunes": []}, "no fine-tune"), ({"finetunes": ["a=A", "a=B"]}, "two fine-tunes are called a"),
         ({"finetunes": ["all=A"]}, "no name for a task"), ({"finetunes": {"../x": "A"}}, "no name for a task"),
         ({"method": "awq"}, "method of compress quantize"), ({"mode": "masks"}, "'masks' is unknown"),
-        ({"shared": "int3"}, "'int3' is unknown"), ({"mode": "sign", "lam": 0.5}, "mean nothing"), ({"lamb": 1}, "unknown option 'lamb'"),
+        ({"shared": "int3"}, "'int3' is unknown"), ({"mode": "sign", "lam": 0.5}, "mean nothing"),
+        ({"lamb": 1}, "unknown option 'lamb'"),
         ({"ignore": ["re:.*nothing"]}, "matches no tensor"), ({"validation": {"a": VALID}}, "only --mode mask"),
         ({"validation": {"a": VALID}, "mode": "mask"}, "for b is missing"),
         ({"validation": {"q": VALID}, "mode": "mask"}, "q: no such task"),
@@ -700,7 +711,7 @@ def test_a_full_disk_is_said_and_survived(
         compress.bundle(base, tunes, tmp_path / "out", shared="int4")
     monkeypatch.undo()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    with pytest.raises(CompressError, match="the disk has 0.00 GB free"):
+    with pytest.raises(CompressError, match=r"the disk has 0\.00 GB free"):
         compress.bundle(base, tunes, tmp_path / "out", shared="int4")
     monkeypatch.undo()
     compress.bundle(base, tunes, tmp_path / "out", shared="int4")

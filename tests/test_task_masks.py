@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 
 import pytest
 import torch
 from compress_kernels import masked_delta as kernel
 from compress_kernels.masked_delta import reference
+from conftest import EXAMPLE, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from compress.errors import CompressError
 from compress.formats import masked_delta
@@ -183,6 +187,56 @@ def test_trimming_keeps_one_more_than_the_share_and_every_tie() -> None:
     assert _taskmask.trimmed(tied[None], [1.0]).all()
 
 
+# -- the official code -----------------------------------------------------------------------------------------------------
+
+GOLDEN = json.loads((ROOT / "tests" / "golden" / "tallmask_stories15M.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def golden_deltas() -> torch.Tensor:
+    """tau (4, P) of three tensors of the example and seeded fine-tunes, flattened in the order of their names, fp32."""
+    weights = load_file(EXAMPLE / "model.safetensors")
+    rows = []
+    for task in range(4):
+        g = torch.Generator().manual_seed(100 + task)
+        row = []
+        for name in GOLDEN["tensors"]:
+            W = weights[name]
+            noise = 0.01 * torch.randn(W.shape, generator=g) * (torch.rand(W.shape, generator=g) < 0.7)
+            row.append(((W.float() + noise).half().float() - W.float()).flatten())
+        rows.append(torch.cat(row))
+    return torch.stack(rows)
+
+
+def digest(mask: torch.Tensor) -> str:
+    """sha256 of the bits, lowest first."""
+    plane = masked_delta.pack_mask(mask[None])
+    return hashlib.sha256(plane.numpy().tobytes()[: -(-mask.numel() // 8)]).hexdigest()
+
+
+def ties_trim(tau: torch.Tensor, density: float) -> tuple[list[float], float]:
+    limits = []
+    for t in tau:
+        high, inner = _taskmask.at_rank(_taskmask.bins(t), _taskmask.cut(t.numel(), density))
+        limits.append(_taskmask.from_bins(high, _taskmask.at_rank(_taskmask.bins(t, high), inner)[0]))
+    return limits, float(_taskmask.trimmed(tau, limits).sum(0).sign().sum().sign())
+
+
+@pytest.mark.parametrize("vector", ["sum", "ties"])
+def test_masks_are_the_official_codes_bit_for_bit(vector: str, golden_deltas: torch.Tensor) -> None:
+    v = _merging.total(golden_deltas, None if vector == "sum" else ties_trim(golden_deltas, 0.2))
+    for lam in (0.2, 0.4, 0.6, 1.0):
+        known = GOLDEN["masks"][f"{vector} {lam}"]
+        assert known["official_float32_differs"] == known["ours_differ"] == 0
+        masks = [_taskmask.tall(t, v, lam) for t in golden_deltas]
+        assert [digest(m) for m in masks] == known["sha256"], lam
+    if vector == "sum":
+        masks = [_taskmask.tall(t, v, 0.4) for t in golden_deltas]
+        count = torch.stack(masks).sum(0)
+        assert torch.equal(_merging.counts(golden_deltas, v, [0.4] * 4).long(), count)
+        assert {str(k): digest(count >= k) for k in range(6)} == GOLDEN["consensus"]
+
+
 # -- consensus (2.6) and merging -------------------------------------------------------------------------------------------
 
 
@@ -294,6 +348,31 @@ def test_refined_beats_mask_on_gaussian_deltas(tasks: int, most: float) -> None:
     _, best = reconstructed(tallmask, tau, tallmask.Config(mode="refined"))
     assert sum(best) / tasks < most
     assert sum(best) < 0.75 * sum(mask)
+
+
+def test_levels_are_the_two_means_of_every_coordinate() -> None:
+    u = deltas(5, 6, 7)
+    low, high = _taskmask.levels(u)
+    found = torch.minimum((u - low).square(), (u - high).square()).sum(0)
+    best = torch.full_like(found, torch.inf)
+    for subset in range(32):
+        one = torch.tensor([subset >> t & 1 for t in range(5)], dtype=torch.bool).view(5, 1, 1)
+        parts = [(u * side).sum(0) / max(int(side.sum()), 1) for side in (one, ~one)]
+        best = torch.minimum(best, torch.where(one, (u - parts[0]).square(), (u - parts[1]).square()).sum(0))
+    assert torch.allclose(found, best, atol=1e-5)
+    assert (low <= high).all()
+    for tasks in (1, 2):
+        assert torch.allclose(_taskmask.levels(deltas(tasks)), deltas(tasks).sort(0).values.expand(2, -1, -1), atol=1e-6)
+
+
+@pytest.mark.parametrize("tasks", [2, 4, 8])
+def test_levels_lose_less_than_any_single_vector(tasks: int) -> None:
+    tau = deltas(tasks, 100, 200, seed=tasks)
+    _, refined = reconstructed(tallmask, tau, tallmask.Config(mode="refined"))
+    _, sign = reconstructed(tallmask, tau, tallmask.Config(mode="sign"))
+    _, found = reconstructed(tallmask, tau, tallmask.Config(mode="levels"))
+    assert sum(found) < 0.9 * min(sum(refined), sum(sign))
+    assert tasks > 2 or max(found) < 1e-6
 
 
 def test_rescaling_never_hurts() -> None:

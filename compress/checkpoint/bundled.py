@@ -2,7 +2,7 @@
 
     bundle.json             what is where (`SCHEMA`), bit order, shapes
     base/                   reference.json, or the whole base where it was included
-    shared/                 the shared vector: safetensors, a tensor per masked tensor
+    shared/                 the shared vector: safetensors, a tensor per masked tensor; low/: what a bit of 0 stands for, of levels
     tasks/<t>/              model.safetensors: bits, factors, whole tensors; config.json, tokenizer and the like; task.json: errors
 
 Every reconstruction starts from the base as it lies on the disk and is rounded once: nothing drifts, however often tasks change.
@@ -15,6 +15,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class Bundle:
         self.are_signs = self.facts["bits"] == "sign"
         self.base_folder = find_base(folder, self.facts["base"], base)
         self.base = CheckpointReader(self.base_folder)
-        self.shared = CheckpointReader(folder / "shared") if any((folder / "shared").glob("model*.safetensors")) else None
+        self.shared, self.low = (_reader(folder / part) for part in ("shared", "low"))
 
     def task_folder(self, task: str) -> Path:
         """Where a task's own files lie; an unknown name is answered with the nearest."""
@@ -91,10 +92,20 @@ class Bundle:
 
     def opened(self, name: str) -> kernel.Shared:
         """The shared vector of a masked tensor, for the kernel."""
+        return self.opened_rows(name, 0, matrix(tuple(self.facts["tensors"][name]["shape"]))[0])
+
+    def opened_rows(self, name: str, start: int, stop: int) -> kernel.Shared:
+        """Some rows of it."""
         assert self.shared is not None
-        shape = matrix(tuple(self.facts["tensors"][name]["shape"]))
-        suffixes = masked_delta.shared_spec(self.params(name), shape)
-        return masked_delta.opened({s: self.shared.read(f"{name}.{s}") for s in suffixes}, self.params(name))
+        found = self._rows(self.shared, name, start, stop)
+        return found if self.low is None else replace(found, low=self._rows(self.low, name, start, stop))
+
+    def _rows(self, reader: CheckpointReader, name: str, start: int, stop: int) -> kernel.Shared:
+        shape, found = matrix(tuple(self.facts["tensors"][name]["shape"])), {}
+        for suffix, (_, size) in masked_delta.shared_spec(self.params(name), shape).items():
+            full = f"{name}.{suffix}"
+            found[suffix] = reader.read(full) if len(size) == 1 else reader.read_slice(full, start, stop)
+        return masked_delta.opened(found, self.params(name))
 
 
 def facts(folder: Path) -> dict[str, Any]:
@@ -146,6 +157,11 @@ def check_base(folder: Path, wanted: Mapping[str, Any]) -> None:
             )
 
 
+def _reader(folder: Path) -> CheckpointReader | None:
+    """The weights of a folder, if it has any."""
+    return CheckpointReader(folder) if any(folder.glob("model*.safetensors")) else None
+
+
 class BundledReader(CheckpointReader):
     """The dense checkpoint of one task, under the model's names: theta_0 + s d, rounded once to the task's dtype."""
 
@@ -154,7 +170,7 @@ class BundledReader(CheckpointReader):
         self.folder, self._open = bundle.task_folder(task), None
         self._how: Mapping[str, Mapping[str, Any]] = bundle.facts["tasks"][task]["tensors"]
         self._stored: Mapping[str, str] = bundle.facts["base"]["stored"]
-        self.own = CheckpointReader(self.folder) if any(self.folder.glob("model*.safetensors")) else None
+        self.own = _reader(self.folder)
         self._plane: tuple[str, torch.Tensor] | None = None
         self.entries = {}
         for name, record in self._how.items():
@@ -213,21 +229,9 @@ class BundledReader(CheckpointReader):
         W = self.base_slice(name, start, stop).float()
         if f"{name}.scale" not in self.own:
             return W
-        shared = self._shared_rows(name, start, stop)
-        v = kernel.decode_shared(shared, W.shape[1])
+        pair = kernel.values(self.bundle.opened_rows(name, start, stop), W.shape[1], self.bundle.are_signs)
         delta = kernel.Delta(self.plane(name)[start:stop], float(self.own.read(f"{name}.scale")))
-        return W.add_(kernel.decode(delta, v, W.shape[1], self.bundle.are_signs))
-
-    def _shared_rows(self, name: str, start: int, stop: int) -> kernel.Shared:
-        """Those rows of the shared vector."""
-        assert self.bundle.shared is not None
-        params = self.bundle.params(name)
-        shape = matrix(tuple(self.bundle.facts["tensors"][name]["shape"]))
-        found = {}
-        for suffix, (_, size) in masked_delta.shared_spec(params, shape).items():
-            full = f"{name}.{suffix}"
-            found[suffix] = self.bundle.shared.read(full) if len(size) == 1 else self.bundle.shared.read_slice(full, start, stop)
-        return masked_delta.opened(found, params)
+        return W.add_(kernel.decode(delta, pair, W.shape[1]))
 
     def read(self, name: str) -> torch.Tensor:
         entry = self.entry(name)
@@ -249,6 +253,6 @@ class BundledReader(CheckpointReader):
 
     def close(self) -> None:
         super().close()
-        for reader in (self.own, self.bundle.shared, self.bundle.base):
+        for reader in (self.own, self.bundle.shared, self.bundle.low, self.bundle.base):
             if reader is not None:
                 reader.close()

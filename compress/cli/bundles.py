@@ -156,7 +156,7 @@ def extract_task(
 ) -> None:
     """Make one task of a bundle an ordinary checkpoint again."""
     from compress import log
-    from compress.bundling import extract
+    from compress.extracting import extract
 
     log.configure(debug)
     made = extract(path, task, out, base=base, resume=not restart, max_shard_size=parse_size(max_shard_size))

@@ -9,6 +9,7 @@ where the param `signs` is true. Once for all tasks, by the param `shared`:
     int4       shared_packed  I32 (O, ceil(I·4/32)), shared_scale BF16 (O, I / group_size); zero is 8, or 0 where `signs`
     constant   shared         F32 (1,)
 
+where a bundle's bits are levels, a second vector v_0 has the same tensors in a folder of its own, and d = b v + (1 - b) v_0;
 and for each task:
 
     mask         I32 (O, ceil(I/32))   bits along the input, lowest first; a row's last bits are 0; or
@@ -132,6 +133,7 @@ def unpack(packed: Packed) -> tuple[torch.Tensor, torch.Tensor, float]:
 
 def dequantize(packed: Packed) -> torch.Tensor:
     """s d (O, I) in fp32: what is added to the base."""
-    v, _, scale = unpack(packed)
+    scale = float(packed.tensors["scale"])
     delta = kernel.Delta(packed.tensors["mask"], scale)
-    return kernel.decode(delta, v, packed.shape[1], bool(packed.params["signs"])).expand(packed.shape)
+    pair = kernel.values(opened(packed.tensors, packed.params), packed.shape[1], bool(packed.params["signs"]))
+    return kernel.decode(delta, pair, packed.shape[1]).expand(packed.shape)

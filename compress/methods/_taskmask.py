@@ -3,8 +3,9 @@
 Of one tensor, tau (T, R, C) are the deltas theta_t - theta_0 of T fine-tunes, v (R, C) the shared vector, and the
 reconstruction of task t is theta_0 + s_t d_t with
 
-    d_t = b_t v               bits are a mask, b in {0, 1}
-    d_t = (2 b_t - 1) v       bits are signs
+    d_t = b_t v                    bits are a mask, b in {0, 1}
+    d_t = (2 b_t - 1) v            bits are signs
+    d_t = b_t v_1 + (1 - b_t) v_0  bits choose between two shared vectors, v (2, R, C)
 
 Everything here works on rows: a tensor may come in pieces. What is needed of the whole tensor is a `Sums`, which adds up.
 """
@@ -99,7 +100,9 @@ def signs(tau: torch.Tensor) -> torch.Tensor:
 
 
 def apply(bits: torch.Tensor, v: torch.Tensor, are_signs: bool) -> torch.Tensor:
-    """d of v's shape, v's dtype; v may be a single number."""
+    """d (R, C) in v's dtype; v is (R, C), a single number, or (2, R, C): what the bits 0 and 1 stand for."""
+    if v.dim() == 3:
+        return torch.where(bits, v[1], v[0])
     if are_signs:
         return torch.where(bits, v, -v)
     return torch.where(bits, v, torch.zeros((), dtype=v.dtype, device=v.device))
@@ -172,6 +175,27 @@ def refined(u: torch.Tensor) -> torch.Tensor:
             best = torch.where(better, gain, best)
             v = torch.where(better, total * (sign / k), v)
     return v
+
+
+def levels(u: torch.Tensor) -> torch.Tensor:
+    """The two vectors (2, R, C) of the least sum over t of |u_t - v_b|², b free in {0, 1}: two means of T numbers, exactly.
+
+    The best parts of numbers on a line are a run of the largest and the rest, so there are T candidates.
+    """
+    rows = _descending(u)
+    total = torch.stack(rows).sum(0)
+    count = len(rows)
+    best = total.square() / count
+    low = high = total / count
+    part = torch.zeros_like(total)
+    for k, x in enumerate(rows[:-1], 1):
+        part = part + x
+        rest = total - part
+        gain = part.square() / k + rest.square() / (count - k)
+        better = gain > best
+        best = torch.where(better, gain, best)
+        high, low = torch.where(better, part / k, high), torch.where(better, rest / (count - k), low)
+    return torch.stack([low, high])
 
 
 # -- how v is stored -------------------------------------------------------------------------------------------------------

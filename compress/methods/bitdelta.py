@@ -30,6 +30,7 @@ class Config:
     shared = _taskmask.CONSTANT
     are_signs = True
     trims = False
+    pair = False
     tuned = False
 
 

@@ -33,6 +33,7 @@ class Config:
 
     are_signs = False
     trims = False
+    pair = False
     tuned = False
 
 

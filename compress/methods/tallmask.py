@@ -1,8 +1,9 @@
-"""TALL-masks: one shared vector and one bit per parameter and task (arXiv 2405.07813), and two better modes of the same size.
+"""TALL-masks: a shared vector and one bit per parameter and task (arXiv 2405.07813), and better modes of about the same size.
 
     mask     v = sum of the deltas, or TIES; bit = 1[|tau_t| > lam |v - tau_t|]                    as published
     refined  v and masks of the least sum over tasks of |tau_t - s_t m_t v|² / |tau_t|²            ours
     sign     v = mean over tasks of |tau_t| / mean|tau_t|; bit = 1[tau_t >= 0]                     ours
+    levels   two vectors, and the bit chooses the nearer: the two means of each coordinate         ours, one more vector
 
 The official code is github nik-dim/tall_masks, `src/utils/tallmask_utils.py`; masks are held to it bit for bit (docs/parity.md).
 Differences: masks are taken against v as stored; one fp16 factor s_t per task and tensor, by least squares (--no-rescale: 1); the
@@ -23,7 +24,7 @@ from compress.methods._taskmask import Sums
 
 VERB = "bundle"
 CALIBRATED = False
-MODES = ("mask", "refined", "sign")
+MODES = ("mask", "refined", "sign", "levels")
 VECTORS = ("sum", "ties")
 
 
@@ -31,7 +32,7 @@ VECTORS = ("sum", "ties")
 class Config:
     """Options of `compress bundle -m tallmask`."""
 
-    mode: str = field(default="refined", metadata={"help": "mask (the paper's), refined or sign (ours)."})
+    mode: str = field(default="refined", metadata={"help": "mask (the paper's), refined, sign or levels (ours)."})
     shared: str = field(default="int8", metadata={"help": "How the shared vector is stored: bf16, int8 or int4."})
     vector: str = field(default="sum", metadata={"help": "Mode mask: the shared vector, sum or ties."})
     density: float = field(default=0.2, metadata={"help": "Vector ties: share of each fine-tune's deltas that is kept."})
@@ -57,6 +58,11 @@ class Config:
         return self.mode == "sign"
 
     @property
+    def pair(self) -> bool:
+        """Whether there are two shared vectors."""
+        return self.mode == "levels"
+
+    @property
     def trims(self) -> bool:
         """Whether thresholds over the whole model are needed."""
         return self.mode == "mask" and self.vector == "ties"
@@ -68,11 +74,14 @@ class Config:
 
 
 def shared(tau: torch.Tensor, sums: Sums, config: Config, trim: tuple[Sequence[float], float] | None) -> torch.Tensor:
-    """v (R, C) of a piece of the deltas (T, R, C); `sums` are the whole tensor's, `trim` thresholds and the majority's sign."""
-    if config.mode == "refined":
+    """v (R, C), of levels (2, R, C), of a piece of the deltas (T, R, C).
+
+    `sums` are the whole tensor's; `trim` is the thresholds and the majority's sign.
+    """
+    if config.mode in ("refined", "levels"):
         factors = provisional(sums, config)
         scale = torch.tensor(factors, dtype=tau.dtype, device=tau.device).view(-1, 1, 1)
-        return _taskmask.refined(tau / scale)
+        return (_taskmask.levels if config.pair else _taskmask.refined)(tau / scale)
     if config.mode == "sign":
         return _taskmask.magnitude(tau, sums.mean_abs()) * _average(sums.mean_abs())
     if trim is not None:
@@ -88,9 +97,9 @@ def _average(sizes: Sequence[float]) -> float:
 
 
 def provisional(sums: Sums, config: Config) -> list[float]:
-    """Each task's factor while v and bits are sought: of mode refined its size against the average one, else 1."""
+    """Each task's factor while v and bits are sought: of refined and levels its size against the average one, else 1."""
     sizes = sums.rms()
-    if config.mode != "refined":
+    if config.mode not in ("refined", "levels"):
         return [1.0] * len(sizes)
     return [s / _average(sizes) if s > 0 else 1.0 for s in sizes]
 
@@ -99,6 +108,8 @@ def bits(tau: torch.Tensor, v: torch.Tensor, factor: float, lam: float, config: 
     """The bits (R, C) of one task for its deltas and v as stored."""
     if config.mode == "sign":
         return _taskmask.signs(tau)
+    if config.pair:
+        return (tau - v[1] * factor).abs() < (tau - v[0] * factor).abs()
     return _taskmask.tall(tau, v if factor == 1.0 else v * factor, lam)
 
 

@@ -24,7 +24,7 @@ from compress.pipeline.spool import Spool
 from compress.pipeline.tensors import Item, Source, Trim
 from compress.types import Progress
 
-SHARED = "shared"
+SHARED, LOW = "shared", "low"
 STEP = 8 << 20  # weights between two resume points: syncing after every norm would take longer than the work
 
 
@@ -224,19 +224,24 @@ class Walk:
 class _SharedWriter:
     """Spools one tensor's shared vector as its rows come."""
 
-    def __init__(self, spool: Spool, item: Item, config: Any) -> None:
-        self.spool, self.item, self.config = spool, item, config
+    def __init__(self, spool: Spool, item: Item, config: Any, stream: str = SHARED) -> None:
+        self.spool, self.item, self.config, self.stream = spool, item, config, stream
+        self.low: _SharedWriter | None = None
         self.scales: list[torch.Tensor] = []
         self.begun = False
 
     def add(self, v: torch.Tensor) -> torch.Tensor:
-        """Store rows (R, C), or the single number (1,), and return what will be read back."""
+        """Store rows (R, C), or the single number (1,), or of two vectors (2, R, C), and return what will be read back."""
+        if v.dim() == 3:
+            if self.low is None:
+                self.low = _SharedWriter(self.spool, self.item, self.config, LOW)
+            return torch.stack([self.low.add(v[0]), self.add(v[1])])
         if not finite(v):
             raise CompressError(f"{self.item.name}: the shared vector holds NaN or Inf", hint="report this with --debug")
         name = self.item.name
         if self.config.shared == _taskmask.CONSTANT:
             if not self.begun:
-                self.spool.put(SHARED, f"{name}.shared", v)
+                self.spool.put(self.stream, f"{name}.shared", v)
             self.begun = True
             return v
         kept = _taskmask.store(v, self.config.shared, not self.config.are_signs)
@@ -244,9 +249,9 @@ class _SharedWriter:
         if not self.begun:
             whole = matrix(self.item.shape or ())[0]
             dtype = "BF16" if kept.values is not None else "I32"
-            self.spool.begin(SHARED, f"{name}.{suffix}", dtype, (whole, rows.shape[1]))
+            self.spool.begin(self.stream, f"{name}.{suffix}", dtype, (whole, rows.shape[1]))
             self.begun = True
-        self.spool.append(SHARED, rows)
+        self.spool.append(self.stream, rows)
         if kept.scale is not None:
             self.scales.append(kept.scale.cpu())
         return kept.v
@@ -259,8 +264,10 @@ class _SharedWriter:
 
     def close(self) -> None:
         """The scales, once all rows are there."""
+        if self.low is not None:
+            self.low.close()
         if self.scales:
-            self.spool.put(SHARED, f"{self.item.name}.shared_scale", torch.cat(self.scales))
+            self.spool.put(self.stream, f"{self.item.name}.shared_scale", torch.cat(self.scales))
 
 
 def settings(config: Any) -> dict[str, Any]:

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
-from compress_kernels.masked_delta.reference import Delta, Shared, decode, decode_shared, groups, linear, unpack_mask
+from compress_kernels.masked_delta.reference import (
+    Delta,
+    Shared,
+    decode,
+    decode_shared,
+    groups,
+    linear,
+    unpack_mask,
+    values,
+)
 
-__all__ = ["Delta", "Shared", "decode", "decode_shared", "groups", "linear", "unpack_mask"]
+__all__ = ["Delta", "Shared", "decode", "decode_shared", "groups", "linear", "unpack_mask", "values"]

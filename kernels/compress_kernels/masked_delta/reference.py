@@ -1,8 +1,9 @@
 """The definition of `masked_delta`: y = x W0ᵀ + bias + s_t x d_tᵀ, the rows of x grouped by their task t.
 
-d_t (O, I) is made of a shared v and one bit per weight and task: b v where bits are a mask, (2 b - 1) v where they are signs. The
-product with W0 is taken once for all rows, in x's dtype; a task's own product is added in fp32 and the sum rounded to x's dtype.
-Rows without a task, and tasks without a delta, are the base's bit for bit.
+d_t (O, I) is made of a shared v and one bit per weight and task: b v where bits are a mask, (2 b - 1) v where they are signs, b
+v + (1 - b) v_0 where there is a second vector `low`. The product with W0 is taken once for all rows, in x's dtype; a task's own
+product is added in fp32 and the sum rounded to x's dtype. Rows without a task, and tasks without a delta, are the base's bit
+for bit.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Shared:
     scale: torch.Tensor | None = None  # bf16 (O, G) beside words
     bits: int = 16
     zero: int = 0  # the code that means 0
+    low: Shared | None = None  # what a bit of 0 stands for, where it is neither 0 nor -v
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +56,17 @@ def decode_shared(shared: Shared, inputs: int, rows: slice = slice(None)) -> tor
     return grouped.sub_(shared.zero).mul_(scale.unsqueeze(-1)).view(len(codes), inputs)
 
 
-def decode(delta: Delta, v: torch.Tensor, inputs: int, are_signs: bool, rows: slice = slice(None)) -> torch.Tensor:
-    """s d (R, I) of the rows in fp32, from the rows of v."""
-    bits = unpack_mask(delta.mask[rows], inputs)
-    other = -v if are_signs else torch.zeros_like(v)
-    return torch.where(bits, v, other).mul_(delta.scale)
+def values(shared: Shared, inputs: int, are_signs: bool, rows: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of what the bits 0 and 1 stand for, in fp32: (R, I) or (1,) each."""
+    one = decode_shared(shared, inputs, rows)
+    if shared.low is not None:
+        return decode_shared(shared.low, inputs, rows), one
+    return (-one if are_signs else torch.zeros_like(one)), one
+
+
+def decode(delta: Delta, pair: tuple[torch.Tensor, torch.Tensor], inputs: int, rows: slice = slice(None)) -> torch.Tensor:
+    """s d (R, I) of the rows in fp32, from those rows of `values`."""
+    return torch.where(unpack_mask(delta.mask[rows], inputs), pair[1], pair[0]).mul_(delta.scale)
 
 
 def groups(tasks: Sequence[str | None], count: int) -> dict[str | None, list[int]]:
@@ -86,9 +94,9 @@ def linear(
     step = max(1, TILE // I)
     for start in range(0, O, step):
         tile = slice(start, min(start + step, O))
-        v = decode_shared(shared, I, tile)
+        pair = values(shared, I, are_signs, tile)
         for task, rows in owned.items():
             assert task is not None
-            own = F.linear(parts[task], decode(deltas[task], v, I, are_signs, tile))
+            own = F.linear(parts[task], decode(deltas[task], pair, I, tile))
             y[rows, ..., tile] = (y[rows][..., tile].float() + own).to(y.dtype)
     return y
