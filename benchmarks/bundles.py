@@ -1,14 +1,13 @@
-"""Bundles of real fine-tunes: what each task keeps, and bytes; and peak memory on an 8B-shaped checkpoint. Writes docs/bundles.md.
+"""Bundles of real fine-tunes: what each task keeps, and bytes; and peak memory on an 8B-shaped checkpoint. Fills docs/bundles.md.
 
-    python examples/make_finetunes.py --out out/finetunes                              # or any folders with a text beside them
-    python benchmarks/bundles.py --base examples/stories15M --finetunes out/finetunes  # each subfolder: a model and valid.txt
-    python benchmarks/bundles.py --memory BIG --shape llama3-8b --blocks 2 --tasks 8    # makes base and seeded fine-tunes, bundles them
-    python benchmarks/bundles.py --render
+    python benchmarks/bundles.py --base examples/stories15M --finetunes out/finetunes  # each subfolder: a model and its valid.txt
+    python benchmarks/bundles.py --memory BIG --shape llama3-8b --blocks 2 --tasks 8   # makes a base and seeded fine-tunes there
+    python benchmarks/bundles.py --render                                              # the part of the page from "## Measured" on
 
-The first form bundles all fine-tunes with every method, mode and way to store the shared vector, and measures each task's loss on the
-first --windows windows of its own valid.txt, of base, fine-tune and bundle. Kept = (base's loss - bundle's) / (base's loss -
-fine-tune's): a share of the gain in nats per token, which is stricter than one in perplexity. Mode mask has lambda = 1; "mask, paper" has
-the paper's grid, lambda chosen per task by loss on the text of --tune-windows windows behind the measured ones, and no factors.
+The first form bundles all fine-tunes with every method, mode and way to store the shared vector, and measures each task's loss on
+the first --windows windows of its own valid.txt, of base, fine-tune and bundle. Kept = (base's loss - bundle's) / (base's loss -
+fine-tune's): a share of the gain in nats per token, which is stricter than one in perplexity. Mode mask has lambda = 1. "mask,
+paper" has no factors, and lambda of the grid chosen per task by loss on --tune-windows windows of text behind the measured ones.
 Bytes are of weight files against the fine-tunes' own; "with base" counts the base on both sides. Rows are appended to
 benchmarks/results/bundles.jsonl; what is there is not measured again. --memory appends to benchmarks/results/bundles_memory.jsonl
 and exits 1 above --limit-gb.
@@ -51,7 +50,7 @@ import compress
 rows = []
 def note(p):
     rows.append(p.rss / 1e9)
-report = compress.bundle(sys.argv[1], sys.argv[3:], sys.argv[2], progress=note, shared="int8")
+report = compress.bundle(sys.argv[1], sys.argv[4:], sys.argv[2], progress=note, mode=sys.argv[3], shared="int8")
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 print(json.dumps({"peak_gb": peak, "rss_gb": rows, "seconds": report.seconds, "bytes": report.bytes,
                   "separate_gb": report.bytes_separate / 1e9, "errors": report.tasks}))
@@ -85,8 +84,8 @@ def quality(args: argparse.Namespace) -> None:
         own = {n: losses(compress.evaluate(folders[n], text=t, **options)) for n, t in texts.items()}
         size = sum(p.stat().st_size for f in folders.values() for p in f.glob("*.safetensors"))
         weights = sum(p.stat().st_size for p in args.base.glob("*.safetensors"))
-        append(RESULTS, {"base": label, "job": "separate", "base_loss": base, "loss": own, "bytes": size, "base_bytes": weights,
-                         "windows": args.windows, "seqlen": args.seqlen})  # fmt: skip
+        row = {"base": label, "job": "separate", "base_loss": base, "loss": own, "bytes": size, "base_bytes": weights}
+        append(RESULTS, {**row, "windows": args.windows, "seqlen": args.seqlen})
     for name in [n.strip() for n in args.only.split(";")] if args.only else JOBS:
         if (label, name) in done:
             continue
@@ -103,7 +102,8 @@ def quality(args: argparse.Namespace) -> None:
             found = evaluate_tasks(out, base=args.base, text=texts, **options)
         row = {
             "base": label, "job": name, "loss": {n: losses(r) for n, r in found.items()}, "error": report.tasks,
-            "lambda": report.lambdas, "bytes": report.bytes, "bytes_shared": report.bytes_shared, "seconds": round(report.seconds, 1),
+            "lambda": report.lambdas, "bytes": report.bytes, "bytes_shared": report.bytes_shared,
+            "seconds": round(report.seconds, 1),
         }  # fmt: skip
         append(RESULTS, row)
         print(name, {n: round(math.exp(x), 2) for n, x in row["loss"].items()}, report.bytes, file=sys.stderr, flush=True)
@@ -126,10 +126,12 @@ def memory(args: argparse.Namespace) -> None:
             seeded(base, tunes[-1], i + 1)
     out = args.memory / "out"
     shutil.rmtree(out, ignore_errors=True)
-    done = subprocess.run([sys.executable, "-c", JOB, str(base), str(out), *map(str, tunes)], stdout=subprocess.PIPE, text=True,
-                          check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", JOB, str(base), str(out), args.mode, *map(str, tunes)],
+        stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
     row = json.loads(done.stdout.strip().splitlines()[-1])
-    row |= {"shape": args.shape, "blocks": args.blocks, "tasks": args.tasks, "tensors": sum(map(len, shards))}
+    row |= {"mode": args.mode, "shape": args.shape, "blocks": args.blocks, "tasks": args.tasks, "tensors": sum(map(len, shards))}
     append(MEMORY, row)
     print(f"{args.tasks} fine-tunes of a {row['separate_gb'] / args.tasks:.2f} GB checkpoint: peak {row['peak_gb']:.2f} GB, "
           f"{row['seconds']:.0f} s, bundle {row['bytes'] / 1e9:.2f} GB")  # fmt: skip
@@ -148,13 +150,16 @@ def seeded(base: Path, out: Path, seed: int) -> None:
         if path.suffix != ".safetensors":
             shutil.copyfile(path, out / path.name)
     generator = torch.Generator().manual_seed(seed)
+    pool = torch.empty((16 << 20) + 4099 * seed, dtype=torch.bfloat16).normal_(0.0, 2e-4, generator=generator)  # repeated
     for path in sorted(base.glob("*.safetensors")):
         made = {}
         with safe_open(path, framework="pt") as file:
             for name in sorted(file.keys()):
                 W = file.get_tensor(name)
-                noise = torch.empty(W.shape, dtype=torch.bfloat16).normal_(0.0, 2e-4, generator=generator)
-                made[name] = W.add_(noise) if W.dim() > 1 else W
+                flat = W.view(-1)
+                for start in range(0, W.numel() if W.dim() > 1 else 0, len(pool)):
+                    flat[start : start + len(pool)] += pool[: min(len(pool), W.numel() - start)]
+                made[name] = W
         save_file(made, out / path.name, {"format": "pt"})
 
 
@@ -162,14 +167,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="bundles of fine-tunes: quality, bytes, memory")
     parser.add_argument("--base", type=Path, default=ROOT / "examples" / "stories15M")
     parser.add_argument("--finetunes", type=Path, default=ROOT / "out" / "finetunes")
-    parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--tune-windows", type=int, default=16)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--tune-windows", type=int, default=8)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--only", help="names of jobs, separated by semicolons")
     parser.add_argument("--memory", type=Path, help="a folder for base and fine-tunes of --shape; measures the peak instead")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama3-8b")
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--mode", default="refined", help="of --memory")
     parser.add_argument("--limit-gb", type=float, default=4.0)
     parser.add_argument("--render", action="store_true", help="only write docs/bundles.md from the results")
     args = parser.parse_args()
@@ -214,36 +220,40 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             f"| {job} | "
             + " | ".join(cells)
             + f" | {sum(share.values()) / len(share):.3f} | {min(share.values()):.3f} | {error:.3f} | "
-            f"{size / 1e6:.1f} MB, {size / reference['bytes']:.1%} | {(size + base) / (reference['bytes'] + base):.1%} |"
+            f"{size / 1e6:.1f} MB, {size / reference['bytes']:.1%} | "
+            f"{(size + base) / (reference['bytes'] + base):.1%} |"
         )
     return lines
 
 
 def render(rows: list[dict[str, Any]], memories: list[dict[str, Any]]) -> str:
     """The whole page."""
-    text = (ROOT / "benchmarks" / "data" / "bundles_head.md").read_text()
-    lines = [text.rstrip(), "", "## Measured", ""]
+    lines = [PAGE.read_text().partition("## Measured")[0] + "## Measured", ""]
     for base in dict.fromkeys(r["base"] for r in rows):
         part = [r for r in rows if r["base"] == base]
         reference = next(r for r in part if r["job"] == "separate")
         lines += [
             f"### {len(reference['loss'])} fine-tunes of {base}", "",
-            f"Perplexity on the first {reference['windows']} windows of {reference['seqlen']} tokens of each task's own text, and in",
-            "brackets the share of the fine-tune's gain over the base that is kept, in nats per token. Bytes are of weights: the",
-            "bundle's, also as a share of the separate checkpoints', and that share with the base counted on both sides. Delta error is",
-            "|tau - reconstruction|² / |tau|², the tasks' mean.", "", *table(part), "",
+            f"Perplexity on the first {reference['windows']} windows of {reference['seqlen']} tokens of each task's own text, and",
+            "in brackets the share of the fine-tune's gain over the base that is kept, in nats per token. Bytes are of weights:",
+            "the bundle's, also as a share of the separate checkpoints', and that share with the base counted on both sides.",
+            "Delta error is |tau - reconstruction|² / |tau|², the tasks' mean.", "", *table(part), "",
         ]  # fmt: skip
         tuned = next((r["lambda"] for r in part if r["job"].startswith("mask, paper")), None)
         if tuned:
-            lines += ["lambda that mask, paper chose: " + ", ".join(f"{n} {x:g}" for n, x in tuned.items()) + ".", ""]
+            chosen = ", ".join(f"{n} {x:g}" for n, x in tuned.items())
+            lines += [f"lambda that mask, paper chose: {chosen}.", ""]
     if memories:
-        lines += ["### Memory", "", "| checkpoint | fine-tunes | peak | bundle | seconds |", "| --- | --- | --- | --- | --- |"]
+        lines += [
+            "### Memory",
+            "",
+            "| checkpoint | fine-tunes | mode | peak | bundle | seconds |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
         for m in memories:
             one = m["separate_gb"] / m["tasks"]
-            lines.append(
-                f"| {m['shape']}, {m['blocks']} blocks, {one:.2f} GB | {m['tasks']} | {m['peak_gb']:.2f} GB | {m['bytes'] / 1e9:.2f} GB | "
-                f"{m['seconds']:.0f} |"
-            )
+            cells = f"{m['tasks']} | {m['mode']} | {m['peak_gb']:.2f} GB | {m['bytes'] / 1e9:.2f} GB | {m['seconds']:.0f} |"
+            lines.append(f"| {m['shape']}, {m['blocks']} blocks, {one:.2f} GB | {cells}")
         lines.append("")
     return "\n".join(lines)
 

@@ -291,6 +291,7 @@ def _write_facts(job: _Job, work: WorkDir, lambdas: Mapping[str, float]) -> None
     base = {
         "name": job.base.name, "revision": source.revision(job.base.folder), "included": job.include_base,
         "files": {n: d for n, d in job.base.files.items() if n in weights},
+        "hub": job.base.hub,
         "stored": {n: job.base.view.source(n) for n in names if job.base.view.source(n) != n},
     }  # fmt: skip
     tasks = {t.name: {"tensors": state["records"].get(t.name, {}), "files": state["files"][t.name]} for t in job.tunes}

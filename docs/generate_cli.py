@@ -22,7 +22,7 @@ HEAD = """# Command line
 Made from `--help` by `python docs/generate_cli.py`; do not edit. `_` and `-` are both accepted in option names. stdout carries
 results, stderr everything else. Exit codes: 0 done, 1 our error, 2 usage, 130 interrupted.
 """
-VERBS = ("quantize", "prune", "inspect", "verify", "eval", "generate", "methods")
+VERBS = ("quantize", "prune", "bundle", "merge", "extract", "inspect", "verify", "eval", "generate", "methods")
 METAVAR = re.compile(r"^  \w+ <\w+>|<[\w\[\], ]+>|\{\w+\}|\b(TEXT|INTEGER|FLOAT|PATH|MODEL|ARTIFACT)\b", re.MULTILINE)
 
 
@@ -55,7 +55,7 @@ def page() -> str:
     parts = [HEAD, _section("compress", help_text())]
     for verb in VERBS:
         parts.append(_section(f"compress {verb}", help_text(verb)))
-        if verb in ("quantize", "prune"):
+        if verb in ("quantize", "prune", "bundle", "merge"):
             parts += [_section(f"compress {verb} -m {name}", own_options(verb, name), 3) for name in registry.methods(verb)]
     return "\n".join(parts)
 

@@ -26,7 +26,7 @@ from compress.models.skeleton import Skeleton, load_config
 from compress.models.view import CheckpointView
 
 logger = logging.getLogger(__name__)
-ROOM = 64 << 20  # fp32 numbers that one piece of all checkpoints may take, workspace included
+ROOM = 16 << 20  # fp32 numbers that one piece of all checkpoints may take, workspace included
 _NEAR = 0.01  # squared distance of two deltas against the smaller one's norm, below which a warning is given
 Trim = tuple[list[float], float]
 
@@ -43,6 +43,7 @@ class Source:
     files: dict[str, str]  # sha256 of everything that decides it
     weight_bytes: int
     adapter: bool = False
+    hub: str | None = None  # the hub id that it was given as
 
     @property
     def names(self) -> list[str]:
@@ -76,7 +77,8 @@ def open_source(path: str | Path, name: str, base: Source | None = None) -> Sour
     view = CheckpointView(reader, skeleton)
     files = reader.files()
     size = sum(e.nbytes for e in reader.entries.values())
-    return Source(name, folder, read_json(folder / "config.json"), skeleton, view, source.hashes(folder, files), size)
+    hub = None if Path(path).expanduser().is_dir() else str(path)
+    return Source(name, folder, read_json(folder / "config.json"), skeleton, view, source.hashes(folder, files), size, hub=hub)
 
 
 def _open_adapter(folder: Path, name: str, base: Source) -> Source:
