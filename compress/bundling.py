@@ -99,8 +99,8 @@ def bundle(
     try:
         _check_space(job, work)
         lambdas = _lambdas(job, work, texts, validation_windows, seqlen)
-        with memory.long_run():
-            report = _build(job, work, lambdas)
+        memory.map_large_tensors()
+        report = _build(job, work, lambdas)
         artifact.write_manifest(work.artifact, {**facts, "job": mark, "tasks": report})
         work.publish(target, work_dir is not None, replace)
     finally:

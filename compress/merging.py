@@ -74,8 +74,8 @@ def merge(
             work.commit(work.done)
         blend.trim = state.get("trim")
         lambdas, alpha, tasks = _choose(blend, work, texts, validation_windows, seqlen)
-        with memory.long_run():
-            blend.write(work, lambdas, alpha, max_shard_size, progress)
+        memory.map_large_tensors()
+        blend.write(work, lambdas, alpha, max_shard_size, progress)
         _companions(blend, work.artifact, str(facts["method"]), alpha)
         chosen = {"alpha": alpha, "tasks": tasks, "counts": state["counts"]}
         artifact.write_manifest(work.artifact, {**facts, "job": mark, "merge": chosen})

@@ -84,7 +84,7 @@ class Blend:
             if since >= STEP or index + 1 == len(wanted):
                 writer.flush()
                 work.commit(index + 1)
-                memory.trim()
+                memory.release()
                 since = 0
             if progress is not None:
                 done, todo = (sum(i.size for i in part) for part in (wanted[first : index + 1], wanted[index + 1 :]))

@@ -70,7 +70,7 @@ class Walk:
             if since >= STEP or index + 1 == len(self.items):
                 spool.flush()
                 self.work.commit(index + 1)
-                memory.trim()
+                memory.release()
                 since = 0
             self._say(item, index, first, time.monotonic() - start, began, error)
         if self.work.done == len(self.items):
