@@ -171,6 +171,9 @@ def _check_space(job: _Job, work: WorkDir) -> None:
             shared += 0 if job.config.shared == _taskmask.CONSTANT else rows * columns * width // 8
             for name in item.masked:
                 tasks[name] += rows * masked_delta.words(columns) * 4
+        for tune in job.tunes:
+            if tune.name in item.whole:
+                tasks[tune.name] += tune.view.reader.entry(tune.view.source(item.name)).nbytes
     need = shared + sum(tasks.values()) + max(shared, *tasks.values())
     spool = work.path / "spool"
     need -= sum(p.stat().st_size for p in spool.iterdir()) if spool.is_dir() else 0

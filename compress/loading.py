@@ -52,7 +52,7 @@ def load(
     if is_bundle(folder):
         from compress.switching import load as load_bundle
 
-        return load_bundle(folder, task, base, torch.device(devices.pick(device)), dtype, bool(exact))
+        return load_bundle(folder, task, base, torch.device(devices.pick(device)), dtype, bool(exact), device_map)
     if task is not None:
         raise CompressError(f"{path}: not a bundle, so it has no task {task!r}", hint="leave the task out", usage=True)
     settings = read_json(folder / "config.json").get("quantization_config")

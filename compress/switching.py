@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from compress.errors import CompressError
 from compress.models.skeleton import Skeleton, load_config
 from compress.models.view import CheckpointView
 from compress.modules import place
-from compress.tasklayers import PerTask, Rows, TaskEmbedding, TaskLinear
+from compress.tasklayers import PerTask, Rows, TaskEmbedding, TaskLinear, moved
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,9 +35,11 @@ _OWN = (
 
 
 def load(
-    folder: Path, task: str | None, base: str | Path | None, device: torch.device, dtype: Any, exact: bool
+    folder: Path, task: str | None, base: str | Path | None, device: torch.device, dtype: Any, exact: bool, device_map: Any = None
 ) -> PreTrainedModel:  # fmt: skip
     """The model of a bundle: dense and of one task, or without a task the mixed one."""
+    if device_map is not None:
+        raise CompressError(f"{folder}: a bundle cannot be spread over devices", hint="device=…, or compress extract", usage=True)
     bundle = Bundle(folder, base)
     if task is None:
         return load_mixed(bundle, device, dtype, exact)
@@ -212,7 +213,7 @@ def _layer(
     if not plain or weight is None:
         own = {t: _dense(changed, r, module, device) for t, r in readers.items()}
         return PerTask(module, {t: tensors for t, tensors in own.items() if tensors}, rows)
-    shared = _to(bundle.opened(weight), device) if bundle.shared is not None and _has_shared(bundle, weight) else None
+    shared = moved(bundle.opened(weight), device) if bundle.shared is not None and _has_shared(bundle, weight) else None
     deltas, tails, dense = {}, {}, {}
     for task, reader in readers.items():
         if weight not in reader or reader.how(weight) == BASE:
@@ -236,12 +237,6 @@ def _layer(
 
 def _has_shared(bundle: Bundle, name: str) -> bool:
     return bundle.shared is not None and any(f"{name}.{s}" in bundle.shared for s in ("shared", "shared_packed"))
-
-
-def _to(shared: kernel.Shared, device: torch.device) -> kernel.Shared:
-    scale = None if shared.scale is None else shared.scale.to(device)
-    low = None if shared.low is None else _to(shared.low, device)
-    return replace(shared, values=shared.values.to(device), scale=scale, low=low)
 
 
 def _dense(names: Mapping[str, str], reader: BundledReader, module: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -67,6 +67,11 @@ class PerTask(nn.Module):
         assert out is not None
         return out
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PerTask:
+        super()._apply(fn, recurse)
+        self.own.apply(fn)
+        return self
+
     def _run(self, task: str | None, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         tensors = self.own.get(task, x.device)
         y: torch.Tensor = torch.func.functional_call(self.module, tensors, (x, *args), kwargs)
@@ -79,10 +84,14 @@ def _pick(value: Any, rows: list[int], count: int) -> Any:
 
 
 class _Kept:
-    """Tensors by task that follow the activations' device; no parameters, so that they keep their dtypes."""
+    """Tensors by task that follow the activations' device; no parameters."""
 
     def __init__(self, own: dict[str, dict[str, torch.Tensor]]) -> None:
         self._own = own
+
+    def apply(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """`nn.Module.to` and its like."""
+        self._own = {t: {n: fn(x) for n, x in tensors.items()} for t, tensors in self._own.items()}
 
     def get(self, task: str | None, device: torch.device) -> dict[str, torch.Tensor]:
         tensors = self._own.get(task, {}) if task is not None else {}
@@ -91,7 +100,25 @@ class _Kept:
         return tensors
 
 
-class TaskLinear(nn.Module):
+class _TaskLayer(nn.Module):
+    """A layer whose tasks' tensors follow `.to()`: bits and codes to the device, floats also to the dtype."""
+
+    weight: nn.Parameter
+    shared: kernel.Shared | None
+    deltas: dict[str, kernel.Delta]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _TaskLayer:
+        super()._apply(fn, recurse)
+        device = self.weight.device
+        self.shared = None if self.shared is None else moved(self.shared, device)
+        self.deltas = {t: kernel.Delta(d.mask.to(device), d.scale) for t, d in self.deltas.items()}
+        for part in ("tails", "dense", "biases"):
+            if hasattr(self, part):
+                setattr(self, part, {t: fn(x) for t, x in getattr(self, part).items()})
+        return self
+
+
+class TaskLinear(_TaskLayer):
     """y = x W0ᵀ + s x dᵀ + bias: the base's product once, each task's own added (`compress_kernels.masked_delta`).
 
     A task may have more outputs (`tails`, rows beyond the base's), a weight of its own (`dense`) or a bias; outputs that a row's
@@ -141,7 +168,7 @@ class TaskLinear(nn.Module):
         return out
 
 
-class TaskEmbedding(nn.Module):
+class TaskEmbedding(_TaskLayer):
     """Rows of the base's table plus what the row's task adds; tokens beyond the base's vocabulary have rows of their own."""
 
     def __init__(
@@ -178,6 +205,13 @@ class TaskEmbedding(nn.Module):
             beyond = kinds >= len(self.weight)
             W[beyond] = self.tails[task][kinds[beyond] - len(self.weight)]
         return W[where]
+
+
+def moved(shared: kernel.Shared, device: torch.device) -> kernel.Shared:
+    """A shared vector on another device."""
+    scale = None if shared.scale is None else shared.scale.to(device)
+    low = None if shared.low is None else moved(shared.low, device)
+    return replace(shared, values=shared.values.to(device), scale=scale, low=low)
 
 
 def _rows_of(shared: kernel.Shared, rows: torch.Tensor) -> kernel.Shared:

@@ -310,6 +310,45 @@ def test_generation_of_a_mixed_batch_equals_each_tasks_own(base: Path, refined: 
         logits(exact(refined, base=base))
 
 
+def test_a_mixed_model_moves_as_any_other(base: Path, refined: Path) -> None:
+    mixed = exact(refined, base=base).set_tasks(["b"])
+    want = logits(mixed)
+    got = logits(mixed.to(torch.float64))
+    assert got.dtype == torch.float64
+    assert float((got - want).norm() / want.norm()) < 1e-5
+    with pytest.raises(CompressError, match="cannot be spread"):
+        compress.load(refined, base=base, device_map="auto")
+
+
+def test_a_fine_tune_that_changed_nothing_is_the_base(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    same = Path(shutil.copytree(base, tmp_path / "same"))
+    report = compress.bundle(base, [same], tmp_path / "out")
+    assert (report.bytes, report.tasks) == (0, {"same": 0.0})
+    assert "equal to the base" in caplog.text
+    assert compress_verify(tmp_path / "out", base) == []
+    for options in ({"task": "same"}, {}):
+        model = exact(tmp_path / "out", base=base, **options)
+        assert torch.equal(logits(model.set_task("same")), logits(exact(base)))
+
+
+def test_a_bundle_from_elsewhere_cannot_name_other_files(base: Path, refined: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(refined, tmp_path / "out"))
+    facts = json.loads((out / "bundle.json").read_text())
+    facts["tasks"]["a"]["files"]["../x"] = "own"
+    (out / "bundle.json").write_text(json.dumps(facts))
+    with pytest.raises(CompressError, match="is not a file name"):
+        compress.load(out, task="a", base=base)
+    (out / "bundle.json").write_text(json.dumps({**json.loads((refined / "bundle.json").read_text()), "version": 2}))
+    with pytest.raises(CompressError, match="version 2"):
+        compress.load(out, task="a", base=base)
+    shutil.copyfile(refined / "bundle.json", out / "bundle.json")
+    own = load_file(out / "tasks" / "a" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight.mask"
+    save_file({**own, name: own[name][:-1].clone()}, out / "tasks" / "a" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CompressError, match=f"{name} is"):
+        compress.load(out, task="a", base=base)
+
+
 # -- special checkpoints ---------------------------------------------------------------------------------------------------
 
 

@@ -104,6 +104,7 @@ class Bundle:
         shape, found = matrix(tuple(self.facts["tensors"][name]["shape"])), {}
         for suffix, (_, size) in masked_delta.shared_spec(self.params(name), shape).items():
             full = f"{name}.{suffix}"
+            _fits(reader, full, reader.shape(full), size)
             found[suffix] = reader.read(full) if len(size) == 1 else reader.read_slice(full, start, stop)
         return masked_delta.opened(found, self.params(name))
 
@@ -115,6 +116,9 @@ def facts(folder: Path) -> dict[str, Any]:
     if known.get("schema") != SCHEMA or known.get("kind") != masked_delta.KIND or version > masked_delta.VERSION:
         why = f"{folder / FILE}: schema {known.get('schema')!r}, {known.get('kind')!r} version {version}"
         raise CompressError(f"{why}; this program reads {masked_delta.KIND} {masked_delta.VERSION}", hint="upgrade llm-compress")
+    for name in (n for task, row in known["tasks"].items() for n in (task, *row["files"])):
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise CompressError(f"{folder / FILE}: {name!r} is not a file name", hint="do not use this bundle")
     return known
 
 
@@ -162,6 +166,12 @@ def _reader(folder: Path) -> CheckpointReader | None:
     return CheckpointReader(folder) if any(folder.glob("model*.safetensors")) else None
 
 
+def _fits(reader: CheckpointReader, name: str, shape: tuple[int, ...], want: tuple[int, ...]) -> None:
+    """Refuse a tensor of another shape than the format's."""
+    if shape != want:
+        raise CompressError(f"{reader.folder}: {name} is {list(shape)}, wanted {list(want)}", hint="copy the bundle again")
+
+
 class BundledReader(CheckpointReader):
     """The dense checkpoint of one task, under the model's names: theta_0 + s d, rounded once to the task's dtype."""
 
@@ -196,6 +206,7 @@ class BundledReader(CheckpointReader):
             shape = matrix(tuple(self.bundle.facts["tensors"][name]["shape"]))
             coded = f"{name}.mask_deflate" in self.own
             words = masked_delta.inflate(self.own.read(f"{name}.mask_deflate"), shape) if coded else self.own.read(f"{name}.mask")
+            _fits(self.own, f"{name}.mask", tuple(words.shape), (shape[0], masked_delta.words(shape[1])))
             self._plane = (name, words)
         return self._plane[1]
 
