@@ -7,15 +7,23 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import CompressError
 
 if TYPE_CHECKING:
+    from compress.bundling import bundle
     from compress.evaluation import evaluate
+    from compress.extracting import extract
     from compress.fit import Report, factorize, prune, quantize
     from compress.loading import load, register
+    from compress.merging import merge
 
-__all__ = ["CompressError", "Report", "evaluate", "factorize", "load", "prune", "quantize", "register"]
+__all__ = [
+    "CompressError", "Report", "bundle", "evaluate", "extract", "factorize", "load", "merge", "prune", "quantize", "register",
+]  # fmt: skip
 _WHERE = {
     "quantize": "compress.fit",
     "factorize": "compress.fit",
     "prune": "compress.fit",
+    "bundle": "compress.bundling",
+    "extract": "compress.extracting",
+    "merge": "compress.merging",
     "Report": "compress.fit",
     "load": "compress.loading",
     "register": "compress.loading",

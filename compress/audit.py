@@ -61,8 +61,9 @@ def describe(folder: Path) -> Description:
     report = folder / "report.json"
     return Description(
         known["source"]["name"], known["method"], known["format"], known["config"], len(linears),
-        sum(e["bits"] * weights[n] for n, e in linears.items()) / compressed, 8 * stored / (compressed + dense), stored,
-        known["source"].get("weight_bytes"), compressed + dense, errors[:5], sum(e for _, e in errors) / len(errors),
+        sum(e["bits"] * weights[n] for n, e in linears.items()) / max(compressed, 1), 8 * stored / (compressed + dense), stored,
+        known["source"].get("weight_bytes"), compressed + dense, errors[:5],
+        sum(e for _, e in errors) / max(len(errors), 1),
         loads(read_json(folder / "config.json")), known["search"], _widths(linears), *_zeros(linears),
         known["source"].get("pruned"), *_factors(linears), read_json(report) if report.exists() else None,
     )  # fmt: skip

@@ -292,11 +292,12 @@ def _finish(job: Job, work: WorkDir, facts: dict[str, Any]) -> None:
     artifact.write_manifest(work.artifact, {**facts, "linears": work.state["linears"], "search": work.state["search"]})
 
 
-def dry_run(
-    model: str | Path, method: str, *, verb: str = "quantize", then_bits: int | None = None, then_method: str = "gptq",
-    then_group_size: int = 128, **options: Any,
-) -> Estimate:  # fmt: skip
+def dry_run(model: str | Path, method: str, *, verb: str = "quantize", **options: Any) -> Estimate:
     """Predict an artifact's size, the peak memory and the time from headers alone; reads no weight. Options as the verb's."""
+    then_bits, then_method, then_group_size = None, "gptq", 128
+    if verb == "prune":  # a factorization quantizes in the same step: its own options
+        then_bits = options.pop("then_bits", None)
+        then_method, then_group_size = options.pop("then_method", then_method), options.pop("then_group_size", then_group_size)
     ask = _ask(options)
     job = prepare(model, method, verb, ask)
     first = _estimate(job, ask)

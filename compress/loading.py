@@ -19,6 +19,7 @@ from torch import nn
 
 from compress import devices, registry
 from compress.checkpoint import dtypes, manifest, source
+from compress.checkpoint.bundled import GUARD, is_bundle
 from compress.checkpoint.reader import CheckpointReader, read_json
 from compress.errors import CompressError
 from compress.formats import awq
@@ -36,24 +37,24 @@ _UNFIT = "the weights and config.json do not fit: was one of them edited or repl
 
 
 def load(
-    path: str | Path,
-    *,
-    device: str | torch.device = "auto",
-    dtype: torch.dtype | str | None = None,
-    exact: bool | None = None,
-    device_map: str | Mapping[str, Any] | None = None,
-    task: str | None = None,
-) -> PreTrainedModel:
+    path: str | Path, *, device: str | torch.device = "auto", dtype: torch.dtype | str | None = None, exact: bool | None = None,
+    device_map: str | Mapping[str, Any] | None = None, task: str | None = None, base: str | Path | None = None,
+) -> PreTrainedModel:  # fmt: skip
     """The language or vision-language model in a folder (or of a hub id), in eval mode; a dense folder gives the ordinary model.
 
-    `device` "auto" is cuda where there is one, else the CPU. `dtype` defaults to the checkpoint's; on a CPU fp16
-    becomes bf16, or fp32 with `exact`, which keeps to kernels equal to the reference. `device_map` ("auto" or a
-    dictionary) spreads the model over devices with accelerate, in place of `device`. Never runs code from the folder.
+    `device` "auto" is cuda where there is one, else the CPU. `dtype` defaults to the checkpoint's; on a CPU fp16 becomes bf16, or
+    fp32 with `exact`, which keeps to kernels equal to the reference. `device_map` ("auto" or a dictionary) spreads the model over
+    devices with accelerate, in place of `device`. Never runs code from the folder. Of a bundle, `task` gives that task's model
+    (`set_task` switches it), None one for mixed batches (`set_tasks`); `base` is the bundle's base where it lies elsewhere.
     """
-    if task is not None:
-        raise CompressError(f"{path}: not a bundle, so it has no task {task!r}", hint="leave the task out", usage=True)
     register()
     folder = source.resolve(path)
+    if is_bundle(folder):
+        from compress.switching import load as load_bundle
+
+        return load_bundle(folder, task, base, torch.device(devices.pick(device)), dtype, bool(exact), device_map)
+    if task is not None:
+        raise CompressError(f"{path}: not a bundle, so it has no task {task!r}", hint="leave the task out", usage=True)
     settings = read_json(folder / "config.json").get("quantization_config")
     reader = CheckpointReader(folder)
     device = devices.pick(device)
@@ -64,8 +65,7 @@ def load(
             return _load_dense(folder, config, chosen, device_map or {"": device})
         model = _empty(config, chosen)
     _load_compressed(model, reader, settings, torch.device("cpu" if device_map else device))
-    if device_map is not None:
-        model = _dispatch(model, device_map)
+    model = model if device_map is None else _dispatch(model, device_map)
     prepare(model, bool(exact))
     return _finish(model, folder, settings)
 
@@ -184,6 +184,8 @@ def _schemes(settings: Mapping[str, Any]) -> list[_Scheme]:
         form = str(group.get("format") or settings.get("format"))
         if form != "pack-quantized" and not form.startswith(_GUARD):
             raise _unsupported(f"format {form!r}")
+        if form == GUARD:
+            raise CompressError("a bundle of fine-tunes", hint="compress.load(BUNDLE, task=NAME), or compress extract first")
         kind = "int_grouped" if form == "pack-quantized" else form.removeprefix(_GUARD)
         registry.by_kind(kind)  # refuses what we do not know
         params = group["compress"] if isinstance(group.get("compress"), dict) else _weights(group)
@@ -269,8 +271,7 @@ def _check_manifest(folder: Path) -> set[str]:
     for name, record in facts["linears"].items():
         kind, version, known = record["kind"], record["version"], registry.by_kind(record["kind"]).VERSION
         if version > known:
-            why = f"{name}: {kind} version {version}, this program reads up to {known}"
-            raise CompressError(why, hint="upgrade llm-compress")
+            raise CompressError(f"{name}: {kind} version {version}, this program reads up to {known}", hint="upgrade llm-compress")
     return set(facts.get("extra", ()))
 
 
@@ -366,6 +367,7 @@ def register() -> None:
             inner = config_dict.get("quantization_config", config_dict)
             if not _guarded(inner):
                 return StockConfig.from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
+            _schemes(inner)  # refuses a bundle
             config = cls()
             config.compress_settings = dict(inner)
             return (config, kwargs) if return_unused_kwargs else config

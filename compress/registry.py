@@ -19,12 +19,14 @@ def names(package: str) -> list[str]:
     return sorted(p.stem for p in (_PACKAGE / package).glob("*.py") if not p.stem.startswith("_"))
 
 
+@functools.cache
 def summary(package: str, name: str) -> str:
     """First line of a module's docstring, read without importing it."""
     tree = ast.parse((_PACKAGE / package / f"{name}.py").read_text(encoding="utf-8"))
     return (ast.get_docstring(tree) or "").split("\n")[0]
 
 
+@functools.cache
 def verb(method: str) -> str:
     """The verb that a method belongs to: its module's VERB, read without importing it; `quantize` where it has none."""
     path = _PACKAGE / "methods" / f"{method.replace('-', '_').lower()}.py"

@@ -22,7 +22,9 @@ HEAD = """# Command line
 Made from `--help` by `python docs/generate_cli.py`; do not edit. `_` and `-` are both accepted in option names. stdout carries
 results, stderr everything else. Exit codes: 0 done, 1 our error, 2 usage, 130 interrupted.
 """
-VERBS = ("quantize", "prune", "factorize", "inspect", "verify", "eval", "generate", "bench", "methods")
+VERBS = (
+    "quantize", "prune", "factorize", "bundle", "merge", "extract", "inspect", "verify", "eval", "generate", "bench", "methods",
+)  # fmt: skip
 METAVAR = re.compile(r"^  \w+ <\w+>|<[\w\[\], ]+>|\{\w+\}|\b(TEXT|INTEGER|FLOAT|PATH|MODEL|ARTIFACT)\b", re.MULTILINE)
 
 
@@ -55,7 +57,7 @@ def page() -> str:
     parts = [HEAD, _section("compress", help_text())]
     for verb in VERBS:
         parts.append(_section(f"compress {verb}", help_text(verb)))
-        if verb in ("quantize", "prune", "factorize"):
+        if verb in ("quantize", "prune", "factorize", "bundle", "merge"):
             parts += [_section(f"compress {verb} -m {name}", own_options(verb, name), 3) for name in registry.methods(verb)]
         if verb == "bench":
             parts += [_section(f"compress bench {name}", help_text("bench", name), 3) for name in ("kernels", "model")]

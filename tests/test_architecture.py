@@ -16,13 +16,13 @@ LEVELS = [
     {"registry", "formats", "checkpoint", "stats", "devices"},
     {"models", "calibration"},
     {"modules", "methods"},
-    {"pipeline", "loading"},
-    {"audit", "generation", "fit", "job", "evaluation", "training", "timing"},
+    {"pipeline", "loading", "switching", "tasklayers"},
+    {"audit", "generation", "fit", "job", "evaluation", "training", "timing", "bundling", "extracting", "merging", "bundle_audit"},
     {"cli"},
 ]
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
 FOREIGN = {
-    "transformers": {"models", "loading", "evaluation", "calibration", "generation"},
+    "transformers": {"models", "loading", "switching", "evaluation", "calibration", "generation"},
     "lm_eval": {"evaluation"},
     "datasets": {"calibration"},
     "accelerate": {"models", "loading"},

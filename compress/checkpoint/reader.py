@@ -36,6 +36,11 @@ class Entry:
     nbytes: int
 
 
+def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of a tensor with its leading dimensions flattened; a vector is one row."""
+    return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON object; a broken or missing file is a CompressError that names it."""
     try:
@@ -175,6 +180,14 @@ class CheckpointReader:
         stride = entry.nbytes // entry.shape[0]
         for i, row in enumerate(rows.tolist()):
             self._fill(entry, out[i], row * stride, name)
+        return out
+
+    def read_slice(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` of the tensor seen as a matrix (`matrix`): (stop - start, C)."""
+        entry = self.entry(name)
+        columns = matrix(entry.shape)[1]
+        out = torch.empty((stop - start, columns), dtype=dtypes.TORCH[entry.dtype])
+        self._fill(entry, out, start * columns * dtypes.itemsize(entry.dtype), name)
         return out
 
     def chunks(self, name: str, limit: int = _CHUNK) -> Iterator[torch.Tensor]:

@@ -23,6 +23,8 @@ def read(folder: Path) -> dict[str, Any] | None:
     if not (folder / manifest.FILE).is_file():
         return None
     known = manifest.read(folder)
+    if not known["linears"]:  # merged, or one task of a bundle: an ordinary checkpoint
+        return None
     for name, entry in known["linears"].items():
         why = getattr(registry.by_kind(entry["kind"]), "without_weight", lambda params: None)(entry["params"])
         if why is not None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from compress import registry
-from compress.cli import HELP
+from compress.cli import HELP, bundles
 from compress.cli.artifacts import inspect_artifact, verify_artifact
 from compress.cli.benchmarks import bench
 from compress.cli.compression import DEFAULT, command
@@ -20,6 +20,9 @@ def build(args: list[str]) -> typer.Typer:
     app.callback()(_root)
     for verb in DEFAULT:
         app.command(verb)(command(verb, _method(args, verb)))
+    for verb in bundles.DEFAULT:
+        app.command(verb)(bundles.command(verb, _method(args, verb)))
+    app.command("extract")(bundles.extract_task)
     app.command("inspect")(inspect_artifact)
     app.command("verify")(verify_artifact)
     app.command("eval")(evaluate_model)
@@ -41,7 +44,7 @@ def _root(
 
 def methods() -> None:
     """List the methods, by the command that runs them."""
-    for verb in DEFAULT:
+    for verb in (*DEFAULT, *bundles.DEFAULT):
         print(f"compress {verb}")
         for name in registry.methods(verb):
             print(f"  {name:12s} {registry.summary('methods', name)}")
@@ -59,4 +62,4 @@ def _method(args: list[str], verb: str) -> str | None:
                 return arg.removeprefix(prefix)
         if arg.startswith("-m") and len(arg) > 2:
             return arg[2:]
-    return None if "--help" in args else DEFAULT[verb]
+    return None if "--help" in args else {**DEFAULT, **bundles.DEFAULT}[verb]

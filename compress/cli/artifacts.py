@@ -22,6 +22,11 @@ def inspect_artifact(
     debug: Debug = False,
 ) -> None:
     """Say what an artifact is: method, bits, size, worst linears, and where it loads."""
+    if (artifact / "bundle.json").is_file():
+        from compress.cli.bundles import print_bundle
+
+        print_bundle(artifact, as_json)
+        return
     from compress.audit import describe
 
     d = describe(artifact)
@@ -34,7 +39,8 @@ def inspect_artifact(
     if d.pruned:
         amount = d.pruned["config"].get("pattern") or f"{d.pruned['config'].get('sparsity') or 0.5:.4g}"
         print(f"  pruned     before, by {d.pruned['method']}, {amount}")
-    print(f"  linears    {d.linears} at {d.bits_linears:.3f} bits per weight")
+    if d.linears:
+        print(f"  linears    {d.linears} at {d.bits_linears:.3f} bits per weight")
     for part, counts in d.widths.items():
         print(f"               {part}: " + ", ".join(f"{n} at {bits} bits" for bits, n in sorted(counts.items())))
     if d.kept is not None:
@@ -50,7 +56,8 @@ def inspect_artifact(
     )
     if d.source_bytes:
         print(f"  original   {size(d.source_bytes)}: {d.source_bytes / d.bytes:.2f}x smaller")
-    print(f"  error      mean {d.mean_error:.4f} (relative, weights); worst:")
+    if d.linears:
+        print(f"  error      mean {d.mean_error:.4f} (relative, weights); worst:")
     for name, error in d.worst:
         print(f"               {error:.4f}  {name}")
     gains = [m["loss"] / m["rtn_loss"] for row in d.search for m in row.get("scales", []) if m["rtn_loss"] > 0]
@@ -72,18 +79,16 @@ def _span(low: float, high: float) -> str:
 def verify_artifact(
     artifact: Annotated[Path, typer.Argument(help="A folder that compress wrote.")],
     deep: Annotated[bool, typer.Option("--deep", help="Dequantize every linear and compare it with the source.")] = False,
-    source: Annotated[str | None, typer.Option(help="The source checkpoint, for --deep.")] = None,
+    source: Annotated[str | None, typer.Option(help="The source checkpoint, for --deep; of a bundle its base.")] = None,
+    finetune: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER, a bundle's fine-tunes for --deep.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Check an artifact: hashes, tensors, finite values; with --deep against the source."""
+    bundle = (artifact / "bundle.json").is_file()
     if deep and source is None:
         raise CompressError("--deep compares with the source checkpoint", hint="add --source MODEL", usage=True)
-    from compress.audit import verify, verify_deep
-
-    problems = verify(artifact)
-    if not problems and deep and source is not None:
-        problems = verify_deep(artifact, source)
+    problems = _bundle_problems(artifact, deep, source, finetune) if bundle else _problems(artifact, deep, source)
     if as_json:
         print(json.dumps({"ok": not problems, "problems": problems}))
     elif not problems:
@@ -91,3 +96,21 @@ def verify_artifact(
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise CompressError(f"{artifact}: {problems[0]}{more}", hint="copy the artifact again, or make it again with --restart")
+
+
+def _problems(artifact: Path, deep: bool, source: str | None) -> list[str]:
+    from compress.audit import verify, verify_deep
+
+    problems = verify(artifact)
+    return verify_deep(artifact, source) if not problems and deep and source is not None else problems
+
+
+def _bundle_problems(artifact: Path, deep: bool, source: str | None, finetune: list[str] | None) -> list[str]:
+    from compress.bundle_audit import verify, verify_deep
+    from compress.cli.bundles import pairs
+
+    tunes = pairs(finetune, "--finetune")
+    if deep and not tunes:
+        raise CompressError("--deep compares with the fine-tunes", hint="add --finetune NAME=FOLDER", usage=True)
+    problems = verify(artifact, source)
+    return verify_deep(artifact, source, tunes) if not problems and deep and source is not None and tunes else problems

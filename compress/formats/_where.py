@@ -21,6 +21,8 @@ def loads(config: dict[str, Any]) -> list[tuple[str, str]]:
     guarded = [g["format"] for g in groups if str(g.get("format", "")).startswith("compress-")]
     if guarded:
         why = f"no: it refuses {guarded[0]} on purpose"
+        if guarded[0] == "compress-masked_delta":
+            return [("transformers", why), ("vLLM", "no"), ("compress.load", "yes: task=NAME, or none for mixed batches")]
         return [("transformers", why), ("vLLM", "no"), ("transformers after compress.register()", "yes"), own]
     weights = groups[0]["weights"]
     bits, symmetric = weights["num_bits"], weights["symmetric"]

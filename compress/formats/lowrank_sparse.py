@@ -28,6 +28,7 @@ from compress.types import Packed, TensorSpec, Trainable
 
 KIND = "lowrank_sparse"
 VERSION = 1
+TOLD = frozenset({"rank", "columns"})  # params that the tensors' shapes tell; they differ from linear to linear
 
 value_dtype = int_grouped_outliers.value_dtype
 bits_per_weight = int_grouped.bits_per_weight

@@ -87,6 +87,12 @@ class CheckpointView:
         check_finite(self.source(name), tensor)
         return tensor
 
+    def read_slice(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of one tensor seen as a matrix, leading dimensions flattened."""
+        tensor = self.reader.read_slice(self.source(name), start, stop)
+        check_finite(f"{self.reader.folder.name}: {self.source(name)}", tensor)
+        return tensor
+
     def chunks(self, name: str) -> Iterator[torch.Tensor]:
         """One tensor in flat pieces."""
         for piece in self.reader.chunks(self.source(name)):

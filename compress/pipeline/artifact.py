@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from compress import registry
 from compress.checkpoint import manifest
 from compress.checkpoint.reader import read_json
 from compress.checkpoint.source import companions
@@ -17,7 +18,7 @@ from compress.models.skeleton import Skeleton
 from compress.pipeline.layout import AWQ, DENSE, Layout, Target
 
 # params of single linears, which a loader reads off their tensors
-COUNTED = frozenset({"nnz", "outliers", "second_level", "rank", "columns"})
+COUNTED = frozenset({"nnz", "outliers", "second_level"})
 
 
 def quantization_config(layout: Layout, skeleton: Skeleton) -> dict[str, Any] | None:
@@ -44,7 +45,8 @@ def quantization_config(layout: Layout, skeleton: Skeleton) -> dict[str, Any] | 
 
 def _shared(target: Target) -> dict[str, Any]:
     """Format params that a group of linears has in common: those that its tensors do not tell."""
-    return {key: value for key, value in sorted(target.params.items()) if key not in COUNTED}
+    told = COUNTED | getattr(registry.by_kind(target.kind), "TOLD", frozenset())
+    return {key: value for key, value in sorted(target.params.items()) if key not in told}
 
 
 def _alike(layout: Layout) -> list[list[Target]]:
