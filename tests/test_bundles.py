@@ -198,7 +198,7 @@ def test_pieces_do_not_decide_the_bytes(
     base: Path, tunes: dict[str, Path], refined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tensors, "ROOM", 64 * 17 * 5)
-    compress.bundle(base, tunes, tmp_path / "out", shared="int4")
+    compress.bundle(base, tunes, tmp_path / "out", mode="refined", shared="int4")
     assert {n: b for n, b in tree(tmp_path / "out").items() if n.endswith(".safetensors")} == {
         n: b for n, b in tree(refined).items() if n.endswith(".safetensors")
     }
@@ -747,13 +747,13 @@ def test_a_full_disk_is_said_and_survived(
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(CompressError, match="no space left"):
-        compress.bundle(base, tunes, tmp_path / "out", shared="int4")
+        compress.bundle(base, tunes, tmp_path / "out", mode="refined", shared="int4")
     monkeypatch.undo()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(CompressError, match=r"the disk has 0\.00 GB free"):
-        compress.bundle(base, tunes, tmp_path / "out", shared="int4")
+        compress.bundle(base, tunes, tmp_path / "out", mode="refined", shared="int4")
     monkeypatch.undo()
-    compress.bundle(base, tunes, tmp_path / "out", shared="int4")
+    compress.bundle(base, tunes, tmp_path / "out", mode="refined", shared="int4")
     assert tree(tmp_path / "out") == tree(refined)
 
 
@@ -895,7 +895,7 @@ def test_a_bundle_of_trained_models_keeps_what_they_learned(tmp_path: Path) -> N
         model.half().save_pretrained(tmp_path / name)
         shutil.copyfile(EXAMPLE / "tokenizer.json", tmp_path / name / "tokenizer.json")
         words[name] = ids  # type: ignore[assignment]
-    report = compress.bundle(EXAMPLE, [tmp_path / n for n in words], tmp_path / "out", shared="int4")
+    report = compress.bundle(EXAMPLE, [tmp_path / n for n in words], tmp_path / "out", mode="refined", shared="int4")
     assert report.bytes < 0.25 * report.bytes_separate
     bundle = exact(tmp_path / "out", task="sea", base=EXAMPLE)
     for name, ids in words.items():

@@ -32,8 +32,8 @@ VECTORS = ("sum", "ties")
 class Config:
     """Options of `compress bundle -m tallmask`."""
 
-    mode: str = field(default="refined", metadata={"help": "mask (the paper's), refined, sign or levels (ours)."})
-    shared: str = field(default="int8", metadata={"help": "How the shared vector is stored: bf16, int8 or int4."})
+    mode: str = field(default="levels", metadata={"help": "mask (the paper's), refined, sign or levels (ours)."})
+    shared: str = field(default="int4", metadata={"help": "How the shared vector is stored: bf16, int8 or int4."})
     vector: str = field(default="sum", metadata={"help": "Mode mask: the shared vector, sum or ties."})
     density: float = field(default=0.2, metadata={"help": "Vector ties: share of each fine-tune's deltas that is kept."})
     lam: float = field(default=1.0, metadata={"help": "Mode mask: lambda of every task, where --validation does not choose it."})
