@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from compress import calibration
+from compress import calibration, products
 from compress.checkpoint import manifest, source, unpacked
 from compress.checkpoint.writer import CheckpointWriter, plan_shards
 from compress.errors import CompressError
@@ -192,7 +192,7 @@ def _carry_out(ready: _Ready, out: Path, ask: Asked) -> bool:
     run = _Run(job, ask, work, ready.tokens, ready.domain)
     try:
         check_space(work, plan_shards(job.layout.plan, job.max_shard))
-        with memory.long_run():
+        with memory.long_run(), products.faster():
             run.all()
         _finish(run.job, work, {**ready.facts, "job": mark, "format": job.format})
         work.publish(out, ask.work_dir is not None, replace)

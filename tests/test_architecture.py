@@ -13,7 +13,7 @@ from conftest import ROOT, python
 
 LEVELS = [
     {"errors", "log", "types"},
-    {"registry", "formats", "checkpoint", "stats", "devices"},
+    {"registry", "formats", "checkpoint", "stats", "devices", "products"},
     {"models", "calibration"},
     {"modules", "methods"},
     {"pipeline", "loading", "switching", "tasklayers"},

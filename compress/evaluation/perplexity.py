@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from compress.errors import CompressError
+from compress.products import faster
 
 CHUNK_ELEMENTS = 1 << 23  # logits per float32 softmax chunk: 32 MiB
 Progress = Callable[[int, int], None]  # called with (windows done, windows in all)
@@ -46,7 +47,7 @@ def evaluating(*models: Any) -> Iterator[None]:
     for model in models:
         model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), faster():
             yield
     finally:
         for model, flag in zip(models, training, strict=True):
