@@ -175,8 +175,7 @@ def test_a_tied_head_that_is_stored_and_differs_stays_untied(tmp_path: Path) -> 
 def test_tensors_that_the_manifest_calls_extra_are_left_alone(tmp_path: Path) -> None:
     dense = write(tmp_path / "a", llama())
     edit_tensors(tmp_path / "a", lambda t: t.update(x=torch.ones(1)))
-    facts = {"schema": manifest.SCHEMA, "linears": {}, "extra": ["x"]}
-    (tmp_path / "a" / "manifest.json").write_text(json.dumps(facts))
+    write_facts(tmp_path / "a", {}, extra=["x"])
     assert torch.equal(logits(compress.load(tmp_path / "a", device="cpu")), logits(dense))
 
 
@@ -338,9 +337,15 @@ def escape(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def write_facts(folder: Path, linears: dict[str, Any], **more: Any) -> None:
+    """A manifest with these linears; of format dense, which may have none."""
+    facts = {"schema": manifest.SCHEMA, "format": "dense", "source": {}, "files": {}, "search": [], "config": {}}
+    (folder / "manifest.json").write_text(json.dumps({**facts, "linears": linears, **more}))
+
+
 def from_the_future(folder: Path) -> None:
-    linears = {DOWN: {"kind": "int_grouped", "version": 99}}
-    (folder / "manifest.json").write_text(json.dumps({"schema": manifest.SCHEMA, "linears": linears}))
+    entry = {"kind": "int_grouped", "version": 99, "params": {}, "shape": [64, 96], "bits": 4.0, "error": 0.1}
+    write_facts(folder, {DOWN: entry})
 
 
 def group(**change: Any) -> Callable[[Path], None]:
