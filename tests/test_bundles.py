@@ -198,7 +198,7 @@ def test_pieces_do_not_decide_the_bytes(
     base: Path, tunes: dict[str, Path], refined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tensors, "ROOM", 64 * 17 * 5)
-    compress.bundle(base, tunes, tmp_path / "out", mode="refined", shared="int4")
+    compress.bundle(base, tunes, tmp_path / "out", shared="int4")
     assert {n: b for n, b in tree(tmp_path / "out").items() if n.endswith(".safetensors")} == {
         n: b for n, b in tree(refined).items() if n.endswith(".safetensors")
     }
@@ -747,13 +747,13 @@ def test_a_full_disk_is_said_and_survived(
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(CompressError, match="no space left"):
-        compress.bundle(base, tunes, tmp_path / "out", mode="refined", shared="int4")
+        compress.bundle(base, tunes, tmp_path / "out", shared="int4")
     monkeypatch.undo()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(CompressError, match=r"the disk has 0\.00 GB free"):
-        compress.bundle(base, tunes, tmp_path / "out", mode="refined", shared="int4")
+        compress.bundle(base, tunes, tmp_path / "out", shared="int4")
     monkeypatch.undo()
-    compress.bundle(base, tunes, tmp_path / "out", mode="refined", shared="int4")
+    compress.bundle(base, tunes, tmp_path / "out", shared="int4")
     assert tree(tmp_path / "out") == tree(refined)
 
 
