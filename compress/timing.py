@@ -18,84 +18,12 @@ from typing import Any
 
 import torch
 
-from compress import registry
 from compress.errors import CompressError, nearest
-from compress.modules import CompressedLinear
-from compress.types import Packed
+from compress.subjects import KINDS, TOGETHER, Subject
 
 COLD = 192 << 20  # bytes that the copies of one weight take together
 SHAPES = {"4096x4096": (4096, 4096), "14336x4096": (14336, 4096), "4096x14336": (4096, 14336), "576x576": (576, 576)}
 _LEAST, _MOST, _SECONDS = 5, 200, 2.0  # products per kind and shape, and about how long they take together
-
-
-def _codes(O: int, I: int, bits: int, g: torch.Generator) -> torch.Tensor:
-    return torch.randint(0, 1 << bits, (O, I), generator=g, dtype=torch.uint8)
-
-
-def _scale(O: int, G: int, g: torch.Generator) -> torch.Tensor:
-    return (torch.rand(O, G, generator=g) * 0.01 + 0.001).bfloat16()
-
-
-def _integers(bits: int, O: int, I: int, g: torch.Generator) -> Packed:
-    group = 128 if I % 128 == 0 else 64
-    return registry.by_kind("int_grouped").pack(
-        _codes(O, I, bits, g), _scale(O, I // group, g), _codes(O, I // group, bits, g), bits=bits, group_size=group
-    )
-
-
-def _outliers(O: int, I: int, g: torch.Generator) -> Packed:
-    group = 128 if I % 128 == 0 else 64
-    kept = torch.rand(O, I, generator=g) < 0.01
-    q, zero = _codes(O, I, 4, g), _codes(O, I // group, 4, g)
-    q[kept] = zero.repeat_interleave(group, 1)[kept]
-    index = kept.view(-1).nonzero().squeeze(1)
-    value = torch.randn(len(index), generator=g).bfloat16()
-    return registry.by_kind("int_grouped_outliers").pack(
-        q, _scale(O, I // group, g), zero, bits=4, group_size=group, index=index, value=value
-    )
-
-
-def _half(O: int, I: int, g: torch.Generator) -> torch.Tensor:
-    """A 2:4 mask."""
-    return (torch.rand(O, I // 4, 4, generator=g).argsort(-1) < 2).view(O, I)
-
-
-def _sparse24(O: int, I: int, g: torch.Generator) -> Packed:
-    mask = _half(O, I, g)
-    return registry.by_kind("sparse24").pack(torch.randn(O, I, generator=g).bfloat16() * mask, mask, n=2, m=4)
-
-
-def _sparse24_int(O: int, I: int, g: torch.Generator) -> Packed:
-    group = 128 if I % 128 == 0 else 64
-    q, scale, zero = _codes(O, I // 2, 4, g), _scale(O, I // group, g), _codes(O, I // group, 4, g)
-    return registry.by_kind("sparse24_int").pack(q, _half(O, I, g), scale, zero, bits=4, group_size=group, n=2, m=4)
-
-
-def _bitmask(O: int, I: int, g: torch.Generator) -> Packed:
-    mask = torch.rand(O, I, generator=g) < 0.5
-    return registry.by_kind("bitmask").pack(torch.randn(O, I, generator=g).bfloat16() * mask, mask)
-
-
-def _armor(O: int, I: int, g: torch.Generator) -> Packed:
-    blocks = [(torch.randn(n // b, b, b, generator=g) / b**0.5).bfloat16() for n, b in ((n, _block(n)) for n in (I, O))]
-    return registry.by_kind("armor").pack(_sparse24(O, I, g), *blocks)
-
-
-def _block(n: int) -> int:
-    return max(b for b in range(1, 129) if n % b == 0)
-
-
-KINDS: dict[str, Callable[[int, int, torch.Generator], Packed]] = {
-    "int4": lambda O, I, g: _integers(4, O, I, g),
-    "int3": lambda O, I, g: _integers(3, O, I, g),
-    "int2": lambda O, I, g: _integers(2, O, I, g),
-    "int8": lambda O, I, g: _integers(8, O, I, g),
-    "int4+1%": _outliers,
-    "bitmask": _bitmask,
-    "sparse24": _sparse24,
-    "sparse24_int4": _sparse24_int,
-    "armor": _armor,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +36,8 @@ class Row:
     rows: int
     ms: float  # median
     dense_ms: float  # the dense bf16 product's, in the same turns
+    least_ms: float  # of all turns
+    dense_least_ms: float
     gb_s: float  # of the artifact's bytes
     share: float  # of the bandwidth that this machine reads at, measured before
 
@@ -118,7 +48,7 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "speedup": self.speedup}
+        return {**asdict(self), "speedup": self.speedup, "least_speedup": self.dense_least_ms / self.least_ms}
 
 
 def bandwidth() -> float:
@@ -130,14 +60,6 @@ def bandwidth() -> float:
         x.sum()
         best = max(best, x.numel() * 4 / (time.perf_counter() - start) / 1e9)
     return best
-
-
-def _module(packed: Packed) -> CompressedLinear:
-    module = CompressedLinear(packed.kind, packed.params, packed.shape, stored="BF16", dtype=torch.bfloat16, device="cpu")
-    for name, tensor in packed.tensors.items():
-        module._buffers[name] = tensor
-    module.prepare()
-    return module
 
 
 def kernels(
@@ -166,22 +88,39 @@ def _shape(text: str) -> tuple[int, int] | None:
 def _shape_rows(kinds: Sequence[str], O: int, I: int, rows: Sequence[int], read: float, seconds: float) -> Iterator[Row]:
     g = torch.Generator().manual_seed(0)
     dense = [torch.randn(O, I, generator=g).bfloat16() for _ in range(_copies(2 * O * I))]
-    for kind in kinds:
-        first = KINDS[kind](O, I, g)
-        size = sum(t.numel() * t.element_size() for t in first.tensors.values())
-        copies = [_module(first)] + [_module(KINDS[kind](O, I, g)) for _ in range(_copies(size) - 1)]
+    for family in _families(kinds):
+        subjects = []
+        for kind in family:
+            first = KINDS[kind](O, I, g)
+            subjects.append([first] + [KINDS[kind](O, I, g) for _ in range(_copies(first.size) - 1)])
         for M in rows:
             x = torch.randn(M, I, generator=g).bfloat16()
-            ours, theirs = _turns(partial(_ours, copies, x), partial(_dense, dense, x), seconds)
-            gb_s = size / ours / 1e9
-            yield Row(kind, copies[0].path, (O, I), M, ours * 1e3, theirs * 1e3, gb_s, gb_s / read)
-        del copies, first
+            runs = [partial(_ours, copies, x) for copies in subjects] + [partial(_dense, dense, x)]
+            *ours, theirs = _turns(runs, seconds)
+            for kind, copies, (middle, least) in zip(family, subjects, ours, strict=True):
+                gb_s = copies[0].size / middle / 1e9
+                yield Row(
+                    kind, copies[0].path, (O, I), M, middle * 1e3, theirs[0] * 1e3, least * 1e3, theirs[1] * 1e3, gb_s, gb_s / read
+                )  # fmt: skip
+        del subjects, copies, first
         gc.collect()  # modules refer to themselves
 
 
-def _ours(copies: Sequence[CompressedLinear], x: torch.Tensor, turn: int) -> torch.Tensor:
-    y: torch.Tensor = copies[turn % len(copies)](x)
-    return y
+def _families(kinds: Sequence[str]) -> list[list[str]]:
+    """The kinds, those that are timed together side by side, in the order in which they were named."""
+    found: list[list[str]] = []
+    for kind in kinds:
+        family = next((f for f in TOGETHER if kind in f), (kind,))
+        here = next((f for f in found if f[0] in family), None)
+        if here is None:
+            found.append([kind])
+        else:
+            here.append(kind)
+    return found
+
+
+def _ours(copies: Sequence[Subject], x: torch.Tensor, turn: int) -> torch.Tensor:
+    return copies[turn % len(copies)].run(x)
 
 
 def _dense(copies: Sequence[torch.Tensor], x: torch.Tensor, turn: int) -> torch.Tensor:
@@ -192,18 +131,18 @@ def _copies(size: int) -> int:
     return max(2, min(64, -(-COLD // size)))
 
 
-def _turns(ours: Callable[[int], object], theirs: Callable[[int], object], seconds: float) -> tuple[float, float]:
-    """Median seconds of both, measured in turns."""
-    times: tuple[list[float], list[float]] = ([], [])
+def _turns(runs: Sequence[Callable[[int], object]], seconds: float) -> list[tuple[float, float]]:
+    """Median and least seconds of each, measured in turns."""
+    times: list[list[float]] = [[] for _ in runs]
     end = time.perf_counter() + seconds
     turn = 0
     while turn < _LEAST or (turn < _MOST and time.perf_counter() < end):
-        for run, seen in zip((ours, theirs), times, strict=True):
+        for run, seen in zip(runs, times, strict=True):
             start = time.perf_counter()
             run(turn)
             seen.append(time.perf_counter() - start)
         turn += 1
-    return median(times[0][1:]), median(times[1][1:])
+    return [(median(seen[1:]), min(seen[1:])) for seen in times]
 
 
 # -- whole models ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ LEVELS = [
     {"registry", "formats", "checkpoint", "stats", "devices", "products"},
     {"models", "calibration"},
     {"modules", "methods"},
-    {"pipeline", "loading", "switching", "tasklayers"},
+    {"pipeline", "loading", "switching", "tasklayers", "subjects"},
     {"audit", "generation", "fit", "job", "evaluation", "training", "timing", "bundling", "extracting", "merging", "bundle_audit"},
     {"cli"},
 ]

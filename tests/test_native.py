@@ -1,14 +1,7 @@
-"""The C++ kernels against fp64, for every instruction set that this machine has, and under the sanitizers."""
+"""The C++ kernels against fp64, for every instruction set that this machine has."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import platform
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +10,7 @@ from compress_kernels import BackendError, native
 from compress_kernels import bits as bitpack
 from compress_kernels.int_grouped import cpu
 from compress_kernels.native import masked
-from conftest import ROOT, python
+from conftest import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -210,85 +203,3 @@ def test_one_openmp_runtime_is_loaded() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("gomp") <= 1
-
-
-SANITIZED = """
-import ctypes, random, sys
-sys.path.insert(0, sys.argv[2])
-from structures import Call, IntGrouped, Masked
-library = ctypes.CDLL(sys.argv[1])
-draw = random.Random(0)
-
-def buffer(size):  # of just that size, so that one byte beyond is noticed
-    return ctypes.create_string_buffer(bytes(draw.randrange(64) for _ in range(size)), size)
-
-def at(b):
-    return ctypes.cast(b, ctypes.c_void_p) if b is not None else None
-
-size = {0: 4, 1: 2, 2: 2}
-for step in range(120):
-    isa, M, x_type, scale_type = draw.randrange(library.cc_isa() + 1), draw.randrange(0, 19), draw.randrange(3), draw.randrange(3)
-    N, exact = draw.randrange(1, 40), draw.randrange(2)
-    bits, group = draw.choice([(2, 16), (3, 32), (4, 48), (8, 24), (4, 128)])
-    K = group * draw.randrange(1, 4)
-    tiles, groups = -(-N // 16), K // group
-    codes, scale = buffer(tiles * 16 * K * bits // 8), buffer(tiles * groups * 16 * size[scale_type])
-    zero = buffer(tiles * groups * 16) if draw.randrange(2) else None
-    sub = group if group <= 128 else 128
-    x, y = buffer(M * K * size[x_type]), buffer(M * N * size[x_type])
-    space = M * (4 * (groups if exact else 2 * (K // sub)) + K * (4 if exact else 1))
-    work = buffer(space)
-    indptr = (ctypes.c_int64 * (N + 1))(*range(N + 1))
-    index = (ctypes.c_int32 * N)(*(draw.randrange(K) for _ in range(N)))
-    w = IntGrouped(K, N, group, sub, bits, scale_type, exact, 1, at(codes), at(scale), at(zero), at(indptr), at(index),
-                   at(buffer(2 * N)))
-    assert library.cc_int_grouped(isa, ctypes.byref(w), ctypes.byref(Call(M, K, x_type, 2, at(x), at(y), at(work), space))) == 0
-
-    K = draw.randrange(1, 80)
-    stride = -(-K // 32) * 32
-    kept = [[draw.randrange(2) if k < K else 0 for k in range(stride)] for _ in range(N)]
-    mask = (ctypes.c_uint8 * (N * stride // 8))(
-        *(sum(row[8 * i + b] << b for b in range(8)) for row in kept for i in range(stride // 8)))
-    start = [0]
-    for row in kept:
-        start.append(start[-1] + sum(row))
-    starts, values = (ctypes.c_int64 * (N + 1))(*start), buffer((start[-1] + 32) * size[scale_type])
-    x, y, work = buffer(M * K * size[x_type]), buffer(M * N * size[x_type]), buffer(4 * M * stride)
-    m = Masked(K, N, 0, scale_type, 0, at(mask), at(starts), at(values), None, None)
-    assert library.cc_masked(isa, ctypes.byref(m), ctypes.byref(Call(M, K, x_type, 2, at(x), at(y), at(work), 4 * M * stride))) == 0
-    out = buffer(N * K * size[x_type])
-    assert library.cc_masked_rows(isa, ctypes.byref(m), ctypes.c_int64(0), ctypes.c_int64(N), x_type, at(out), 2) == 0
-    K = 16 * draw.randrange(1, 5)
-    row = -(-K // 32) * 4
-    mask = (ctypes.c_uint8 * (N * row))(*(0b01010011 if i % row < K // 8 else 0 for i in range(N * row)))
-    scale, codes, x = buffer(N * size[scale_type]), buffer(N * K // 4 + 32), buffer(M * K * size[x_type])
-    m = Masked(K, N, K, scale_type, 0, at(mask), None, at(codes), at(scale), None)
-    work, out = buffer(4 * M * K), buffer(N * K * size[x_type])
-    assert library.cc_masked(isa, ctypes.byref(m), ctypes.byref(Call(M, K, x_type, 2, at(x), at(y), at(work), 4 * M * K))) == 0
-    assert library.cc_masked_rows(isa, ctypes.byref(m), ctypes.c_int64(0), ctypes.c_int64(N), x_type, at(out), 1) == 0
-print("whole")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(platform.system() != "Linux" or shutil.which("c++") is None, reason="needs a Linux C++ compiler")
-def test_no_byte_outside_is_touched_under_the_sanitizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("setup_for_kernels", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
-    monkeypatch.setenv("CC_SANITIZE", "1")
-    build.compile_library(tmp_path / "_cpu.so", tmp_path / "objects")
-    source = Path(native.__file__).read_text()
-    structures = source[source.index("_i32, _i64") : source.index("@functools")]
-    (tmp_path / "structures.py").write_text(f"import ctypes\n{structures}")
-    preload = [
-        subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in ("libasan.so", "libubsan.so")
-    ]
-    env = {**os.environ, "LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}
-    args = [sys.executable, "-c", SANITIZED, str(tmp_path / "_cpu.so"), str(tmp_path)]
-    done = subprocess.run(args, capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "whole" in done.stdout

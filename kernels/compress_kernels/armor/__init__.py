@@ -1,7 +1,7 @@
 """y = A S B x + bias for ARMOR's weights, a sparse core S between block diagonals: `prepare` once after loading, then `linear`.
 
-The core runs by a path of its own kind, `sparse24` or `sparse24_int`; the blocks are batched products beside it. `reference`
-defines the three products and their roundings. There is no file of tiles here: the tiles are the core's.
+The core runs by a path of its own kind, `sparse24` or `sparse24_int`; the blocks are batched products beside it, or, for few rows
+of x and a core in the C++ library, all three are one call (`cpu`). `reference` defines the three products and their roundings.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from compress_kernels import _sparse
-from compress_kernels.armor import reference
+from compress_kernels.armor import cpu, reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class Prepared:
     core: _sparse.Prepared
     pre: torch.Tensor  # (I/b, b, b): in the activations' dtype unless the path is "tiled", then as stored
     post: torch.Tensor  # (O/b, b, b)
+    native: cpu.Weight | None = None  # "cpu"
 
 
 def prepare(
@@ -44,11 +45,15 @@ def prepare(
     core = reference.CORES[kind].prepare(tensors, params, shape, dtype, exact)
     if core.path != _sparse.TILED:
         pre, post = pre.to(dtype), post.to(dtype)
-    return Prepared(core.path, kind, core, pre, post)
+    native = None if core.native is None else cpu.make(pre, post, core.native)
+    return Prepared(core.path, kind, core, pre, post, native)
 
 
 def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., I) times Wᵀ plus bias -> (..., O) in x's dtype."""
     p = prepared
+    if p.native is not None and x.numel() <= cpu.ROWS_OF_X * x.shape[-1]:
+        y = cpu.linear(x, p.native)
+        return y if bias is None else y + bias
     y = reference.CORES[p.kind].linear(reference.blocks(x, p.pre), p.core)
     return reference.blocks(y, p.post, bias)

@@ -3,8 +3,9 @@
 // A row is read in steps of LANES columns: its next kept values are loaded, moved to the columns that the mask names, and
 // multiplied with x, in fp32. Two output rows are in work at once, as each waits for the count of its own ones. Where the machine has
 // AVX-512's VBMI2 and BF16 and x is bf16, steps are 32 columns: words are moved, and pairs of bf16 multiplied, exactly, into fp32 sums.
+// From FEW rows of x on, pieces of four rows of W are expanded once, into the nearest cache, for all of them.
+#include "../native/dots.h"
 #include "../native/jobs.h"
-#include "../native/vec.h"
 
 namespace CC_NAME(cc) {
 namespace {
@@ -113,27 +114,41 @@ inline uint32_t word_at(const uint8_t* mask, int64_t k) {
   return word;
 }
 
+inline I expand_words(uint32_t mask, I words) {  // as expand() in vec.h
+  asm("vpexpandw %0, %0%{%1%}%{z%}" : "+v"(words) : "Yk"(mask));
+  return words;
+}
+
 template <int MR> inline void multiply(__m512i words, const uint16_t* x, int64_t stride, F* acc) {
   for (int m = 0; m < MR; m++) acc[m] = _mm512_dpbf16_ps(acc[m], (__m512bh)words, (__m512bh)load_i(x + m * stride));
 }
 
-template <int MR> void words_pair(const Masked& w, const Call& c, const uint16_t* x, int64_t stride, int64_t m0, int64_t row) {
-  const int64_t other = row + 1 < w.N ? row + 1 : row;
-  const uint16_t *values = static_cast<const uint16_t*>(w.values), *a = values + w.start[row], *b = values + w.start[other];
-  const int64_t ahead = w.start[other + 1] - w.start[row];  // the next pair's values: rows are too short for the machine's own guess
-  const uint8_t *mask_a = w.mask + row * mask_bytes(w), *mask_b = w.mask + other * mask_bytes(w);
-  F sum_a[MR], sum_b[MR];
-  for (int m = 0; m < MR; m++) sum_a[m] = sum_b[m] = set_f(0);
-  for (int64_t k = 0; k < w.K; k += 32) {
-    const uint32_t ones_a = word_at(mask_a, k), ones_b = word_at(mask_b, k);
-    multiply<MR>(_mm512_maskz_expand_epi16(ones_a, load_i(a)), x + k, stride, sum_a);
-    multiply<MR>(_mm512_maskz_expand_epi16(ones_b, load_i(b)), x + k, stride, sum_b);
-    __builtin_prefetch(a + ahead), __builtin_prefetch(b + ahead);
-    a += __builtin_popcount(ones_a), b += __builtin_popcount(ones_b);
+constexpr int FEW = 4, MOST = 96;                       // rows of x: from which on W is expanded; whose sums are held
+constexpr int PIECE = 2048, BAND = 4, BLOCK = 6;       // columns and rows of W that are expanded together; rows of x multiplied with
+
+// R rows of W from `row` on, those beyond the last one being the last one again
+template <int R, int MR> void words_direct(const Masked& w, const Call& c, const uint16_t* x, int64_t stride, int64_t m0, int64_t row) {
+  const uint16_t *values = static_cast<const uint16_t*>(w.values), *at[R];
+  const uint8_t* mask[R];
+  F acc[R][MR];
+  int64_t rows[R];
+  for (int r = 0; r < R; r++) {
+    rows[r] = row + r < w.N ? row + r : w.N - 1;
+    at[r] = values + w.start[rows[r]], mask[r] = w.mask + rows[r] * mask_bytes(w);
+    for (int m = 0; m < MR; m++) acc[r][m] = set_f(0);
   }
+  const int64_t ahead = w.start[rows[R - 1] + 1] - w.start[row];  // the next rows' values: too short for the machine's own guess
+  for (int64_t k = 0; k < w.K; k += 32)
+    for (int r = 0; r < R; r++) {
+      const uint32_t ones = word_at(mask[r], k);
+      multiply<MR>(expand_words(ones, load_i(at[r])), x + k, stride, acc[r]);
+      __builtin_prefetch(at[r] + ahead);
+      at[r] += __builtin_popcount(ones);
+    }
   for (int m = 0; m < MR; m++) {
-    store_one(c.y, (m0 + m) * w.N + row, c.type, sum(sum_a[m]));
-    store_one(c.y, (m0 + m) * w.N + other, c.type, sum(sum_b[m]));
+    float out[4];
+    sums4(acc[0][m], acc[1 % R][m], acc[2 % R][m], acc[3 % R][m], out);
+    for (int r = 0; r < R && row + r < w.N; r++) store_one(c.y, (m0 + m) * w.N + row + r, c.type, out[r]);
   }
 }
 
@@ -157,37 +172,147 @@ template <int MR> void words_codes(const Masked& w, const Call& c, const uint16_
     for (int64_t k = g * w.group; k < (g + 1) * w.group; k += 32, code += 8) {
       __builtin_prefetch(code + 1024);
       const I words = _mm512_permutexvar_epi16(_mm512_castsi256_si512(code_words(code)), table);
-      multiply<MR>(_mm512_maskz_expand_epi16(word_at(mask, k), words), x + k, stride, part);
+      multiply<MR>(expand_words(word_at(mask, k), words), x + k, stride, part);
     }
     for (int m = 0; m < MR; m++) acc[m] = fma(part[m], scale, acc[m]);
   }
-  for (int m = 0; m < MR; m++) store_one(c.y, (m0 + m) * w.N + row, c.type, sum(acc[m]));
+  for (int m = 0; m < MR; m++) {
+    float out[4];
+    sums4(acc[m], acc[m], acc[m], acc[m], out);
+    store_one(c.y, (m0 + m) * w.N + row, c.type, out[0]);
+  }
 }
 
 inline bool in_words(const Masked& w, const Call& c) { return c.type == BF16 && (w.group ? w.group % 32 == 0 : w.value_type == BF16); }
 
+struct Cursor {  // where a row's next kept values lie
+  const uint16_t* value;
+  const uint8_t *code, *mask;
+  int64_t ahead;  // values from here to what is asked for beforehand
+  inline void open(const Masked& w, int64_t row, int64_t distance) {
+    value = w.group ? nullptr : static_cast<const uint16_t*>(w.values) + w.start[row];
+    code = w.group ? static_cast<const uint8_t*>(w.values) + row * (w.K / 4) : nullptr;
+    mask = w.mask + row * mask_bytes(w);
+    ahead = distance;
+  }
+};
+
+// columns k .. end of a row, whole steps; codes of one group by `table`
+inline void expand_values(Cursor& at, int64_t k, int64_t end, uint16_t* out) {
+  const uint16_t* value = at.value;  // a local name: what is written might be the cursor, for all that the compiler knows
+  const uint8_t* mask = at.mask;
+  for (const int64_t ahead = at.ahead; k < end; k += 32, out += 32) {
+    const uint32_t ones = word_at(mask, k);
+    __builtin_prefetch(value + ahead);
+    _mm512_storeu_si512(out, expand_words(ones, load_i(value)));
+    value += __builtin_popcount(ones);
+  }
+  at.value = value;
+}
+
+inline void expand_codes(Cursor& at, I table, int64_t k, int64_t end, uint16_t* out) {
+  const uint8_t *code = at.code, *mask = at.mask;
+  for (; k < end; k += 32, out += 32, code += 8) {
+    __builtin_prefetch(code + 1024);
+    const I words = _mm512_permutexvar_epi16(_mm512_castsi256_si512(code_words(code)), table);
+    _mm512_storeu_si512(out, expand_words(word_at(mask, k), words));
+  }
+  at.code = code;
+}
+
+// columns k .. end of a row, rounded to bf16: codes become what they stand for
+inline void expand_row(const Masked& w, int64_t row, Cursor& at, int64_t k, int64_t end, uint16_t* out) {
+  if (!w.group) return expand_values(at, k, end, out);
+  const I codes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const int64_t groups = w.K / w.group;
+  while (k < end) {
+    const int64_t g = k / w.group, stop = (g + 1) * w.group < end ? (g + 1) * w.group : end;
+    const F zero = set_f(w.zero ? float(w.zero[row * groups + g]) : 8.0f);
+    const F numbers = mul(sub(to_f(codes), zero), set_f(load_one(w.scale, row * groups + g, w.value_type)));
+    const __m256i words = bfloats(numbers);  // not by way of memory: a load of two stores' bytes waits for both
+    expand_codes(at, _mm512_inserti64x4(_mm512_castsi256_si512(words), words, 1), k, stop, out);
+    out += stop - k, k = stop;
+  }
+}
+
+// R rows of W times all rows of x
+template <int R, int most> void words_pieces(const Masked& w, const Call& c, const uint16_t* x, int64_t stride, int64_t row) {
+  alignas(64) uint16_t scratch[R][PIECE + 32];  // not a page apart, where rows would fall on each other in the cache
+  alignas(64) F sums[MOST][R];
+  int64_t rows[R];
+  Cursor at[R];
+  const char* lines[R];
+  for (int r = 0; r < R; r++) rows[r] = row + r < w.N ? row + r : w.N - 1, lines[r] = reinterpret_cast<const char*>(scratch[r]);
+  for (int64_t first = 0; first < c.M; first += MOST) {
+    const int64_t count = c.M - first < MOST ? c.M - first : MOST;
+    for (int r = 0; r < R; r++) at[r].open(w, rows[r], first || w.group ? 0 : w.start[rows[R - 1] + 1] - w.start[row]);
+    for (int64_t start = 0; start < stride; start += PIECE) {
+      const int64_t end = start + PIECE < stride ? start + PIECE : stride;
+      for (int r = 0; r < R; r++) expand_row(w, rows[r], at[r], start, end, scratch[r]);
+      blocks<most>(count, [&](auto size, int64_t m0) {
+        constexpr int MR = decltype(size)::value;
+        F sum[MR][R];
+        for (int m = 0; m < MR; m++)
+          for (int r = 0; r < R; r++) sum[m][r] = start ? sums[m0 + m][r] : set_f(0);
+        dots<Words, R, MR, true>(lines, x + (first + m0) * stride + start * MR, 0, end - start, 0, sum);
+        for (int m = 0; m < MR; m++)
+          for (int r = 0; r < R; r++) sums[m0 + m][r] = sum[m][r];
+      });
+    }
+    for (int64_t m = 0; m < count; m++) {
+      float out[R];
+      for (int r = 0; r < R; r += 4) sums4(sums[m][r], sums[m][r + 1], sums[m][r + 2], sums[m][r + 3], out + r);
+      for (int r = 0; r < R && row + r < w.N; r++) store_one(c.y, (first + m) * w.N + row + r, c.type, out[r]);
+    }
+  }
+}
+
 template <int MR> inline void word_rows(const Masked& w, const Call& c, const uint16_t* x, int64_t stride, int64_t m0, int64_t row) {
   const uint16_t* here = x + m0 * stride;
-  if (!w.group) return words_pair<MR>(w, c, here, stride, m0, row);
-  words_codes<MR>(w, c, here, stride, m0, row);
-  if (row + 1 < w.N) words_codes<MR>(w, c, here, stride, m0, row + 1);
+  if (!w.group) return words_direct<4, MR>(w, c, here, stride, m0, row);
+  for (int64_t r = row; r < row + 4 && r < w.N; r++) words_codes<MR>(w, c, here, stride, m0, r);
 }
 
 void product_in_words(const Masked& w, const Call& c) {
-  const int64_t stride = (w.K + 31) / 32 * 32, count = c.M, pairs = (w.N + 1) / 2;
+  const int64_t stride = (w.K + 31) / 32 * 32, count = c.M, quads = (w.N + 3) / 4;
   uint16_t* x = static_cast<uint16_t*>(c.workspace);
+  const bool pieces = count >= FEW;
+#pragma omp parallel for num_threads(c.threads) schedule(static) if (count > 32)
   for (int64_t m = 0; m < count; m++) {
-    __builtin_memcpy(x + m * stride, static_cast<const uint16_t*>(c.x) + m * c.stride, 2 * w.K);
-    __builtin_memset(x + m * stride + w.K, 0, 2 * (stride - w.K));
+    const uint16_t* from = static_cast<const uint16_t*>(c.x) + m * c.stride;
+    const int64_t start = m / MOST * MOST;
+    const Rows own = pieces ? rows_with<BLOCK>(count - start < MOST ? count - start : MOST, m - start) : Rows{m, 1};
+    uint16_t* to = x + (start + own.first) * stride + (m - start - own.first) * 32;
+    if (!pieces) to = x + m * stride;
+    for (int64_t k = 0; k < stride; k += 32, to += own.size * 32) {
+      const int64_t left = w.K - k;
+      _mm512_storeu_si512(to, left >= 32 ? load_i(from + k) : _mm512_maskz_loadu_epi16((1u << left) - 1, from + k));
+    }
+  }
+  if (pieces) {
+    const int64_t bands = (w.N + BAND - 1) / BAND;
+#pragma omp parallel for num_threads(c.threads) schedule(static)
+    for (int64_t band = 0; band < bands; band++) words_pieces<BAND, BLOCK>(w, c, x, stride, BAND * band);
+    return;
   }
 #pragma omp parallel for num_threads(c.threads) schedule(static)
-  for (int64_t pair = 0; pair < pairs; pair++) {
+  for (int64_t quad = 0; quad < quads; quad++) {
     int64_t m = 0;
-    for (; m + 8 <= count; m += 8) word_rows<8>(w, c, x, stride, m, 2 * pair);
-    if (m + 4 <= count) word_rows<4>(w, c, x, stride, m, 2 * pair), m += 4;
-    if (m + 2 <= count) word_rows<2>(w, c, x, stride, m, 2 * pair), m += 2;
-    if (m < count) word_rows<1>(w, c, x, stride, m, 2 * pair);
+    for (; m + 4 <= count; m += 4) word_rows<4>(w, c, x, stride, m, 4 * quad);
+    if (m + 2 <= count) word_rows<2>(w, c, x, stride, m, 4 * quad), m += 2;
+    if (m < count) word_rows<1>(w, c, x, stride, m, 4 * quad);
   }
+}
+
+void decode_words(const Masked& w, int64_t row, uint16_t* out) {
+  Cursor at;
+  at.open(w, row, 1024);
+  alignas(64) uint16_t last[32];
+  const int64_t whole = w.K / 32 * 32;
+  expand_row(w, row, at, 0, whole, out);
+  if (whole == w.K) return;
+  expand_row(w, row, at, whole, w.K, last);
+  __builtin_memcpy(out + whole, last, 2 * (w.K - whole));
 }
 
 #endif
@@ -238,6 +363,12 @@ extern "C" int CC_NAME(cc_masked_rows)(const Masked* weight, int64_t first, int6
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < count; i++) {
     char* here = static_cast<char*>(out) + i * w.K * (type == F32 ? 4 : 2);
+#if CC_ISA == 3
+    if (type == BF16 && (w.group ? w.group % 32 == 0 : w.value_type == BF16)) {
+      decode_words(w, first + i, reinterpret_cast<uint16_t*>(here));
+      continue;
+    }
+#endif
     if (w.group) decode_codes(w, first + i, type, here);
     else if (w.value_type == BF16) decode_floats<BF16>(w, first + i, type, here);
     else if (w.value_type == F16) decode_floats<F16>(w, first + i, type, here);

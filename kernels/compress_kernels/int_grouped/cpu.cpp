@@ -10,15 +10,16 @@
 //   2     16     1      unit 0, shifted by 2 i
 //   3     32     3      unit i/4, shifted by 2 (i%4), and the third bits in unit 2, shifted by i
 //
-// Activations are quantized to int8 per `sub` columns and row of x (symmetric, the largest is 127), or, where `exact`, kept in fp32.
-// sums: y = Σ_groups scale (Σ code x - zero Σ x), groups in order, whatever the number of threads or of rows of x.
-#include "../native/jobs.h"
-#include "../native/vec.h"
+// Activations are quantized to int8 per `sub` columns and row of x (symmetric, the largest is 127), or, where `exact`, kept: in fp32, or as
+// the bf16 that they are where the machine multiplies pairs of these (codes become bf16 by a table, exactly).
+// y = Σ_groups scale (Σ code x - zero Σ x), groups in order, whatever the number of threads or of rows of x. Rows of x are taken in blocks
+// of 8, 4, 2 and 1, and a block's numbers lie interleaved: those that a lane is multiplied with, of all rows, side by side.
+#include "../native/inputs.h"
 
 namespace CC_NAME(cc) {
 namespace {
 
-constexpr int ROWS = 16, HALVES = ROWS / LANES, UNIT = 64, MOST = 128;  // MOST columns of an activation's scale
+constexpr int ROWS = 16, HALVES = ROWS / LANES, UNIT = 64;
 
 template <int bits> struct Codes;
 
@@ -60,107 +61,114 @@ template <> struct Codes<3> {
 
 inline int chunk_of(int bits) { return bits == 8 ? 8 : bits == 3 ? 32 : 16; }
 
-inline F load_typed(const void* p, int64_t i, int type) {
-  const char* at = static_cast<const char*>(p) + i * (type == F32 ? 4 : 2);
-  return type == BF16 ? load_16<BF16>(at) : type == F16 ? load_16<F16>(at) : load_16<F32>(at);
-}
-
-// `count` numbers of x as fp32
-inline void widen(const void* x, int64_t at, int type, int64_t count, float* out) {
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) store_f(out + i, load_typed(x, at + i, type));
-  for (; i < count; i++) out[i] = load_one(x, at + i, type);
-}
-
-struct Inputs {  // of all rows of x; in the workspace
-  float* scale;  // [M][K/sub], exact: unused
-  float* sum;    // [M][K/sub], exact: [M][K/group]; what a zero point is multiplied with
-  void* x;       // [M][K] int8, exact: fp32
-};
-
-// One row of x to int8. A block that holds NaN or Inf gets the scale NaN, and so does every output.
-void quantize(const IntGrouped& w, const Call& c, int64_t m, const Inputs& in) {
-  const int64_t blocks = w.K / w.sub;
-  float block[MOST];
-  for (int64_t b = 0; b < blocks; b++) {
-    widen(c.x, m * c.stride + b * w.sub, c.type, w.sub, block);
-    int32_t largest = 0;
-    for (int64_t i = 0; i < w.sub; i++) {
-      const int32_t size = int32_t(to_bits(block[i]) & 0x7fffffff);
-      largest = size > largest ? size : largest;
-    }
-    int8_t* out = static_cast<int8_t*>(in.x) + m * w.K + b * w.sub;
-    const float most = from_bits(uint32_t(largest));
-    const bool finite = largest < 0x7f800000;
-    const float to = finite && most > 1e-30f ? 127.0f / most : 0.0f;
-    int32_t sum = 0;
-    for (int64_t i = 0; i < w.sub; i++) {
-      // adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits
-      const int32_t q = int32_t(to_bits((finite ? block[i] : 0.0f) * to + 12582912.0f)) - 0x4b400000;
-      out[i] = int8_t(q);
-      sum += q;
-    }
-    in.scale[m * blocks + b] = finite ? most / 127.0f : from_bits(0x7fc00000);
-    in.sum[m * blocks + b] = float(sum);
-  }
-}
-
-void widen_row(const IntGrouped& w, const Call& c, int64_t m, const Inputs& in) {
-  float* x = static_cast<float*>(in.x) + m * w.K;
-  widen(c.x, m * c.stride, c.type, w.K, x);
-  const int64_t groups = w.K / w.group;
-  for (int64_t g = 0; g < groups; g++) {
-    float sum = 0;
-    for (int64_t i = 0; i < w.group; i++) sum += x[g * w.group + i];
-    in.sum[m * groups + g] = sum;
-  }
-}
-
 inline F zero_of(const IntGrouped& w, int64_t at) { return w.zero ? to_f(widen_u8(w.zero + at)) : set_f(float(1 << (w.bits - 1))); }
 
 // y of MR rows of x and one tile, int8 activations
 template <int bits, int MR> void tile_int8(const IntGrouped& w, const Inputs& in, int64_t tile, int64_t m0, F (*y)[HALVES]) {
   typedef Codes<bits> C;
   constexpr int QUADS = C::CHUNK / 4, SUMS = MR == 1 ? (QUADS < 4 ? QUADS : 4) : MR == 2 ? 2 : 1;
-  const int64_t blocks = w.K / w.sub, groups = w.K / w.group, chunks = w.sub / C::CHUNK;
+  const int64_t blocks = w.K / w.sub, groups = w.K / w.group, chunks = w.sub / C::CHUNK, each = w.group / w.sub;
   const uint8_t* p = w.codes + tile * (w.K / C::CHUNK) * C::UNITS * UNIT;
   const int8_t* x = static_cast<const int8_t*>(in.x) + m0 * w.K;
+  const float *x_scale = in.scale + m0 * blocks, *x_sum = in.sum + m0 * groups;
   for (int m = 0; m < MR; m++)
     for (int h = 0; h < HALVES; h++) y[m][h] = set_f(0);
-  for (int64_t b = 0; b < blocks; b++) {
-    I acc[MR][HALVES][SUMS];
+  for (int64_t g = 0; g < groups; g++) {
+    F part[MR][HALVES];
     for (int m = 0; m < MR; m++)
-      for (int h = 0; h < HALVES; h++)
-        for (int s = 0; s < SUMS; s++) acc[m][h][s] = set_i(0);
-    for (int64_t chunk = 0; chunk < chunks; chunk++, p += C::UNITS * UNIT, x += C::CHUNK)
-      for (int h = 0; h < HALVES; h++) {
-        I quads[QUADS];
-        C::bytes(p + h * LANES * 4, quads);
-        for (int q = 0; q < QUADS; q++)
-          for (int m = 0; m < MR; m++) {
-            int32_t four;
-            __builtin_memcpy(&four, x + m * w.K + 4 * q, 4);
-            acc[m][h][q % SUMS] = dot4(acc[m][h][q % SUMS], quads[q], set_i(four));
-          }
-      }
-    const int64_t at = (tile * groups + b * w.sub / w.group) * ROWS;
+      for (int h = 0; h < HALVES; h++) part[m][h] = set_f(0);
+    for (int64_t b = g * each; b < (g + 1) * each; b++) {
+      I acc[MR][HALVES][SUMS];
+      for (int m = 0; m < MR; m++)
+        for (int h = 0; h < HALVES; h++)
+          for (int s = 0; s < SUMS; s++) acc[m][h][s] = set_i(0);
+      for (int64_t chunk = 0; chunk < chunks; chunk++, p += C::UNITS * UNIT, x += C::CHUNK * MR)
+        for (int h = 0; h < HALVES; h++) {
+          I quads[QUADS];
+          C::bytes(p + h * LANES * 4, quads);
+          for (int q = 0; q < QUADS; q++)
+            for (int m = 0; m < MR; m++) {
+              int32_t four;
+              __builtin_memcpy(&four, x + 4 * (q * MR + m), 4);
+              acc[m][h][q % SUMS] = dot4(acc[m][h][q % SUMS], quads[q], set_i(four));
+            }
+        }
+      for (int m = 0; m < MR; m++)
+        for (int h = 0; h < HALVES; h++) {
+          I all = acc[m][h][0];
+          for (int s = 1; s < SUMS; s++) all = add_i(all, acc[m][h][s]);
+          part[m][h] = fma(to_f(all), set_f(x_scale[m * blocks + b]), part[m][h]);
+        }
+    }
+    const int64_t at = (tile * groups + g) * ROWS;
     for (int h = 0; h < HALVES; h++) {
       const F scale = load_typed(w.scale, at + h * LANES, w.scale_type), zero = zero_of(w, at + h * LANES);
-      for (int m = 0; m < MR; m++) {
-        F f = to_f(acc[m][h][0]);
-        for (int s = 1; s < SUMS; s++) f = add(f, to_f(acc[m][h][s]));
-        const int64_t i = (m0 + m) * blocks + b;
-        f = fnma(zero, set_f(in.sum[i]), f);
-        y[m][h] = fma(f, mul(scale, set_f(in.scale[i])), y[m][h]);
-      }
+      for (int m = 0; m < MR; m++) y[m][h] = fma(fnma(zero, set_f(x_sum[m * groups + g]), part[m][h]), scale, y[m][h]);
     }
   }
 }
 
+#if CC_ISA == 3
+
+// Codes to pairs of bf16, by the lowest five bits of each word: their number, or, for the three above them, 32 times that
+struct Numbers {
+  alignas(64) uint16_t low4[32], low5[32], high3[32];
+  static constexpr uint16_t of(int n) {  // of 0 .. 255, exact
+    int power = 0;
+    while (n >> (power + 1)) power++;
+    return n ? uint16_t((127 + power) << 7 | ((n << 7 >> power) & 127)) : 0;
+  }
+  constexpr Numbers() : low4(), low5(), high3() {
+    for (int i = 0; i < 32; i++) low4[i] = of(i % 16), low5[i] = of(i), high3[i] = of(i % 8 * 32);
+  }
+};
+constexpr Numbers NUMBERS;
+
+inline F dot2(F sum, I w, I x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
+
+// the same with bf16 activations as they are
+template <int bits, int MR> void tile_words(const IntGrouped& w, const Inputs& in, int64_t tile, int64_t m0, F (*y)[HALVES]) {
+  typedef Codes<bits> C;
+  constexpr int QUADS = C::CHUNK / 4;
+  const int64_t groups = w.K / w.group, chunks = w.group / C::CHUNK;
+  const uint8_t* p = w.codes + tile * (w.K / C::CHUNK) * C::UNITS * UNIT;
+  const uint16_t* x = static_cast<const uint16_t*>(in.x) + m0 * w.K;
+  const I low = load_i(bits == 8 ? NUMBERS.low5 : NUMBERS.low4), high = load_i(NUMBERS.high3);
+  for (int m = 0; m < MR; m++) y[m][0] = set_f(0);
+  for (int64_t g = 0; g < groups; g++) {
+    F even[MR], odd[MR];
+    for (int m = 0; m < MR; m++) even[m] = odd[m] = set_f(0);
+    for (int64_t chunk = 0; chunk < chunks; chunk++, p += C::UNITS * UNIT, x += C::CHUNK * MR) {
+      I quads[QUADS];
+      C::bytes(p, quads);
+      for (int q = 0; q < QUADS; q++) {
+        const I a = _mm512_permutexvar_epi16(quads[q], low), b = _mm512_permutexvar_epi16(right<8>(quads[q]), low);
+        for (int m = 0; m < MR; m++) {
+          int32_t two[2];
+          __builtin_memcpy(two, x + 4 * (q * MR + m), 8);
+          even[m] = dot2(even[m], a, set_i(two[0])), odd[m] = dot2(odd[m], b, set_i(two[1]));
+          if (bits == 8) {
+            even[m] = dot2(even[m], _mm512_permutexvar_epi16(right<5>(quads[q]), high), set_i(two[0]));
+            odd[m] = dot2(odd[m], _mm512_permutexvar_epi16(right<13>(quads[q]), high), set_i(two[1]));
+          }
+        }
+      }
+    }
+    const int64_t at = (tile * groups + g) * ROWS;
+    const F scale = load_typed(w.scale, at, w.scale_type), zero = zero_of(w, at);
+    for (int m = 0; m < MR; m++) {
+      const F sum = set_f(in.sum[(m0 + m) * groups + g]);
+      y[m][0] = fma(fnma(zero, sum, add(even[m], odd[m])), scale, y[m][0]);
+    }
+  }
+}
+
+#endif
+
 // the same with fp32 activations
 template <int bits, int MR> void tile_exact(const IntGrouped& w, const Inputs& in, int64_t tile, int64_t m0, F (*y)[HALVES]) {
   typedef Codes<bits> C;
-  constexpr int QUADS = C::CHUNK / 4, SUMS = MR == 1 ? 4 : MR == 2 ? 2 : 1;
+  constexpr int QUADS = C::CHUNK / 4, SUMS = 2;
   const int64_t groups = w.K / w.group, chunks = w.group / C::CHUNK;
   const uint8_t* p = w.codes + tile * (w.K / C::CHUNK) * C::UNITS * UNIT;
   const float* x = static_cast<const float*>(in.x) + m0 * w.K;
@@ -196,35 +204,85 @@ template <int bits, int MR> void tile_exact(const IntGrouped& w, const Inputs& i
   }
 }
 
-// adds the outliers and writes one row of x's 16 outputs
-void finish(const IntGrouped& w, const Call& c, int64_t tile, int64_t m, const F* y) {
-  float out[ROWS];
-  for (int h = 0; h < HALVES; h++) store_f(out + h * LANES, y[h]);
-  const int64_t first = tile * ROWS, rows = w.N - first < ROWS ? w.N - first : ROWS;
-  for (int64_t r = 0; r < rows; r++) {
-    if (w.indptr)
-      for (int64_t i = w.indptr[first + r]; i < w.indptr[first + r + 1]; i++)
-        out[r] += load_one(w.value, i, w.value_type) * load_one(c.x, m * c.stride + w.index[i], c.type);
-    store_one(c.y, m * w.N + first + r, c.type, out[r]);
+// The outliers' part of the outputs of a tile and 16 rows of x, of which one row takes a way of its own
+template <int type> void outliers(const IntGrouped& w, const Call& c, const Inputs& in, int64_t tile, int64_t block, float (*out)[ROWS]) {
+  const uint16_t* value = static_cast<const uint16_t*>(w.value);
+  for (int64_t r = 0; r < ROWS && tile * ROWS + r < w.N; r++) {
+    const int64_t first = w.indptr[tile * ROWS + r], last = w.indptr[tile * ROWS + r + 1];
+    if (c.M == 1) {
+      float sum[4] = {0, 0, 0, 0};
+      int64_t i = first;
+      for (; i + 4 <= last; i += 4)
+        for (int j = 0; j < 4; j++) sum[j] = fma_one(load_one(value, i + j, type), in.turned[w.index[i + j]], sum[j]);
+      for (int j = 0; i < last; i++, j++) sum[j] = fma_one(load_one(value, i, type), in.turned[w.index[i]], sum[j]);
+      out[0][r] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+      continue;
+    }
+    const float* x = in.turned + block * 16 * w.K;
+    for (int h = 0; h < HALVES; h++) {
+      F sum[4] = {set_f(0), set_f(0), set_f(0), set_f(0)};
+      int64_t i = first;
+      for (; i + 4 <= last; i += 4)
+        for (int j = 0; j < 4; j++) sum[j] = fma(set_f(load_one(value, i + j, type)), load_f(x + int64_t(w.index[i + j]) * 16 + h * LANES), sum[j]);
+      for (int j = 0; i < last; i++, j++) sum[j] = fma(set_f(load_one(value, i, type)), load_f(x + int64_t(w.index[i]) * 16 + h * LANES), sum[j]);
+      float all[LANES];
+      store_f(all, add(add(sum[0], sum[1]), add(sum[2], sum[3])));
+      for (int m = 0; m < LANES; m++) out[h * LANES + m][r] = all[m];
+    }
   }
 }
 
-template <int bits, int MR> void rows_of_x(const IntGrouped& w, const Call& c, const Inputs& in, int64_t tile, int64_t m0) {
+// writes one row of x's 16 outputs; outliers have been summed up, or are added one by one
+void finish(const IntGrouped& w, const Call& c, int64_t tile, int64_t m, const F* y, const float* extra) {
+  const int64_t first = tile * ROWS, rows = w.N - first < ROWS ? w.N - first : ROWS;
+  const int64_t at = m * w.N + first;
+  if (rows == ROWS && !w.indptr) {
+    for (int h = 0; h < HALVES; h++) store_16(static_cast<char*>(c.y) + (at + h * LANES) * bytes_of(c.type), y[h], c.type);
+    return;
+  }
+  float out[ROWS];
+  for (int h = 0; h < HALVES; h++) store_f(out + h * LANES, y[h]);
+  for (int64_t r = 0; r < rows; r++) {
+    if (extra) out[r] += extra[r];
+    else if (w.indptr)
+      for (int64_t i = w.indptr[first + r]; i < w.indptr[first + r + 1]; i++)
+        out[r] += load_one(w.value, i, w.value_type) * load_one(c.x, m * c.stride + w.index[i], c.type);
+    store_one(c.y, at + r, c.type, out[r]);
+  }
+}
+
+inline bool in_words(const IntGrouped& w, const Call& c) { return CC_ISA == 3 && w.exact && c.type == BF16; }
+
+template <int bits, int MR> void rows_of_x(const IntGrouped& w, const Call& c, const Inputs& in, int64_t tile, int64_t m0, const float (*extra)[ROWS]) {
   F y[MR][HALVES];
-  if (w.exact) tile_exact<bits, MR>(w, in, tile, m0, y);
-  else tile_int8<bits, MR>(w, in, tile, m0, y);
-  for (int m = 0; m < MR; m++) finish(w, c, tile, m0 + m, y[m]);
+  if (!w.exact) tile_int8<bits, MR>(w, in, tile, m0, y);
+#if CC_ISA == 3
+  else if (in_words(w, c)) tile_words<bits, MR>(w, in, tile, m0, y);
+#endif
+  else tile_exact<bits, MR>(w, in, tile, m0, y);
+  for (int m = 0; m < MR; m++) finish(w, c, tile, m0 + m, y[m], extra ? extra[m] : nullptr);
 }
 
 template <int bits> void product(const IntGrouped& w, const Call& c, const Inputs& in) {
   const int64_t tiles = (w.N + ROWS - 1) / ROWS;
 #pragma omp parallel for num_threads(c.threads) schedule(static)
   for (int64_t tile = 0; tile < tiles; tile++) {
-    int64_t m = 0;
-    for (; m + 8 <= c.M; m += 8) rows_of_x<bits, 8>(w, c, in, tile, m);
-    if (m + 4 <= c.M) rows_of_x<bits, 4>(w, c, in, tile, m), m += 4;
-    if (m + 2 <= c.M) rows_of_x<bits, 2>(w, c, in, tile, m), m += 2;
-    if (m < c.M) rows_of_x<bits, 1>(w, c, in, tile, m);
+    float sums[16][ROWS];
+    for (int64_t m = 0, end = 0; m < c.M; m = end) {
+      const float(*extra)[ROWS] = nullptr;
+      if (w.indptr && in.turned) {
+        if (w.value_type == BF16) outliers<BF16>(w, c, in, tile, m / 16, sums);
+        else if (w.value_type == F16) outliers<F16>(w, c, in, tile, m / 16, sums);
+        else outliers<F32>(w, c, in, tile, m / 16, sums);
+        extra = sums;
+      }
+      end = m + 16 < c.M ? m + 16 : c.M;
+      int64_t i = 0;
+      for (; m + i + 8 <= end; i += 8) rows_of_x<bits, 8>(w, c, in, tile, m + i, extra ? extra + i : nullptr);
+      if (m + i + 4 <= end) rows_of_x<bits, 4>(w, c, in, tile, m + i, extra ? extra + i : nullptr), i += 4;
+      if (m + i + 2 <= end) rows_of_x<bits, 2>(w, c, in, tile, m + i, extra ? extra + i : nullptr), i += 2;
+      if (m + i < end) rows_of_x<bits, 1>(w, c, in, tile, m + i, extra ? extra + i : nullptr);
+    }
   }
 }
 
@@ -243,14 +301,20 @@ extern "C" int CC_NAME(cc_int_grouped)(const IntGrouped* weight, const Call* cal
   const int64_t sums = c.M * (w.K / (w.exact ? w.group : w.sub)), scales = w.exact ? 0 : sums;
   const int64_t bytes = 4 * (sums + scales) + c.M * w.K * (w.exact ? 4 : 1);
   if (c.workspace_bytes < bytes) return CC_SMALL_WORKSPACE;
+  const int64_t blocks = c.M > 1 ? (c.M + 15) / 16 : 1, before = (bytes + 63) / 64 * 64;
+  const bool space = w.indptr && c.workspace_bytes >= before + 4 * w.K * (c.M > 1 ? 16 * blocks : 1);
   float* at = static_cast<float*>(c.workspace);
-  const Inputs in = {at, at + scales, at + scales + sums};
+  const Inputs in = {at, at + scales, at + scales + sums, space ? at + before / 4 : nullptr};
   const int64_t rows = c.M;
+  const bool words = in_words(w, c);
 #pragma omp parallel for num_threads(c.threads) schedule(static) if (rows > 8)
   for (int64_t m = 0; m < rows; m++) {
-    if (w.exact) widen_row(w, c, m, in);
+    if (w.exact) widen_row(w, c, m, in, words);
     else quantize(w, c, m, in);
   }
+  if (space && c.M == 1) widen(c.x, 0, c.type, w.K, in.turned);
+#pragma omp parallel for num_threads(c.threads) schedule(static) if (rows > 16)
+  for (int64_t block = 0; block < (space && c.M > 1 ? blocks : 0); block++) turn(w, c, block, in.turned + block * 16 * w.K);
   switch (w.bits) {
     case 2: product<2>(w, c, in); break;
     case 3: product<3>(w, c, in); break;

@@ -35,6 +35,10 @@ class Weight:
     outliers: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None  # indptr int64, index int32, value
     job: Any = field(default=None, compare=False, repr=False)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has tensors, and so pointers, of its own."""
+        return make, (self.codes, self.scale, self.zero, self.outliers, self.shape, self.bits, self.exact)
+
 
 def can_run(bits: int, group_size: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
     """None, or the reason why this path cannot serve a weight of `shape` (O, I) and activations of `dtype`."""
@@ -138,10 +142,15 @@ def linear(x: torch.Tensor, w: Weight, bias: torch.Tensor | None = None) -> torc
 
 
 def _product(x: torch.Tensor, w: Weight) -> torch.Tensor:
-    O, I = w.shape
     job = w.job
-    sums = I // w.group_size if w.exact else 2 * (I // job.sub)
-    return native.product("cc_int_grouped", job, x, I, O, lambda M: M * (4 * sums + I * (4 if w.exact else 1)))
+    outliers = w.outliers is not None
+    return native.product("cc_int_grouped", job, x, w.shape[1], w.shape[0], lambda M: workspace(job, M, outliers))
+
+
+def workspace(job: Any, M: int, outliers: bool = False) -> int:
+    """Bytes that the library needs for M rows of x; more where outliers' columns of x shall lie side by side."""
+    size = M * (4 * (job.K // job.group + job.K) if job.exact else 8 * (job.K // job.sub) + job.K)
+    return int(size + 64 + 4 * job.K * (-(-M // 16) * 16 if M > 1 else 1) if outliers else size)
 
 
 @torch.library.custom_op("compress_kernels::int_grouped_cpu", mutates_args=())

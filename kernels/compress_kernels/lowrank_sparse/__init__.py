@@ -1,7 +1,8 @@
 """y = x Wᵀ + bias for a weight of thin factors and kept columns: `prepare` once after loading, then `linear`.
 
-One path, `factors`: x's columns are gathered once, then two ordinary products, the second with B and the kept columns side by side.
-Quantized factors run by `int_grouped`'s paths. The weight B A + W_s P_I is never formed.
+x's columns are gathered once, then two products are taken, the second with B and the kept columns side by side. Path `cpu` is our
+C++ library, in one call; `factors` does the same in torch, and is what many rows of x take where the factors are plain. Quantized
+ones run by `int_grouped`'s paths. The weight B A + W_s P_I is never formed.
 """
 
 from __future__ import annotations
@@ -13,20 +14,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from compress_kernels import _sparse, int_grouped
-from compress_kernels.lowrank_sparse import reference
+from compress_kernels import _sparse, backend, int_grouped
+from compress_kernels.lowrank_sparse import cpu, reference
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """One weight, ready to run."""
 
-    path: str  # "factors", and the path of the quantized ones
+    path: str  # "cpu" or "factors"; of quantized ones "factors+" and theirs
     order: torch.Tensor | None  # x's columns: A's, then the kept ones; None where they are x's own
     inside: int  # how many of them are A's
     A: torch.Tensor | int_grouped.Prepared | None
     U: torch.Tensor | int_grouped.Prepared
     group: int = 1  # rows of A and U are padded to multiples
+    native: cpu.Weight | None = None
 
 
 def prepare(
@@ -45,7 +47,7 @@ def prepare(
     columns = tensors.get("columns")
     some = next(iter(tensors.values()))
     I, J = reference.split(columns, shape[1], some.device)
-    if not kept or kept == shape[1]:
+    if not kept or inside == 0:
         order = None
     elif inside == shape[1]:
         order = torch.cat([torch.arange(shape[1], device=some.device), I])
@@ -55,7 +57,9 @@ def prepare(
         order, inside = (None if kept == shape[1] else I), 0
     if "value_bits" not in params:
         A, U = reference.factors(tensors, params, shape)
-        return Prepared("factors", order, inside, A.to(dtype) if rank else None, U.to(dtype))
+        A, U = A.to(dtype), U.to(dtype)
+        plain = cpu.make(shape, order, inside, kept, A if rank else None, U) if _native(dtype, U.device, rank, inside) else None
+        return Prepared("cpu" if plain else "factors", order, inside, A if rank else None, U, native=plain)
     quantized = {}
     for name, rows, length in (("A", rank, inside), ("U", shape[0], rank + kept)):
         if f"{name}_packed" in tensors:
@@ -63,8 +67,14 @@ def prepare(
             words = {"weight_packed": tensors[f"{name}_packed"], "weight_scale": tensors[f"{name}_scale"]}
             size = rows, reference.padded(length, int(params["value_group"]))
             quantized[name] = int_grouped.prepare(words, own, size, dtype, exact)
-    U = quantized["U"]
-    return Prepared(f"factors+{U.path}", order, inside, quantized.get("A"), U, int(params["value_group"]))
+    first, second = quantized.get("A"), quantized["U"]
+    ready = second.native is not None and (first is None or first.native is not None) and _native(dtype, some.device, rank, inside)
+    coded = cpu.make(shape, order, inside, kept, first and first.native, second.native) if ready and second.native else None
+    return Prepared(f"factors+{second.path}", order, inside, first, second, int(params["value_group"]), coded)
+
+
+def _native(dtype: torch.dtype, device: torch.device, rank: int, inside: int) -> bool:
+    return cpu.can_run(dtype, device) is None and backend("cpu", "cpu-exact", "tiled") != "tiled" and not (rank and not inside)
 
 
 def _product(x: torch.Tensor, W: torch.Tensor | int_grouped.Prepared, group: int, bias: torch.Tensor | None) -> torch.Tensor:
@@ -76,6 +86,8 @@ def _product(x: torch.Tensor, W: torch.Tensor | int_grouped.Prepared, group: int
 def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., I) times Wᵀ plus bias -> (..., O) in x's dtype."""
     p = prepared
+    if p.native is not None and cpu.serves(x, p.native):
+        return cpu.linear(x, p.native, bias)
     if p.order is not None:
         x = x.index_select(-1, p.order)
     if p.A is None:

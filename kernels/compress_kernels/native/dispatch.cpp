@@ -4,7 +4,10 @@
 #define CC_DECLARE(isa)                                                            \
   extern "C" int cc_int_grouped_isa##isa(const IntGrouped* w, const Call* c);      \
   extern "C" int cc_masked_isa##isa(const Masked* w, const Call* c);              \
-  extern "C" int cc_masked_rows_isa##isa(const Masked* w, int64_t first, int64_t count, int type, void* out, int threads);
+  extern "C" int cc_masked_rows_isa##isa(const Masked* w, int64_t first, int64_t count, int type, void* out, int threads); \
+  extern "C" int cc_factors_isa##isa(const Factors* w, const Call* c);            \
+  extern "C" int cc_masked_delta_isa##isa(const MaskedDelta* w, const Call* c);   \
+  extern "C" int cc_armor_isa##isa(const Armor* w, const Call* c);
 
 CC_DECLARE(0)
 #if defined(__x86_64__)
@@ -45,5 +48,11 @@ CC_EXPORT int cc_masked(int isa, const Masked* w, const Call* c) { CC_DISPATCH(c
 CC_EXPORT int cc_masked_rows(int isa, const Masked* w, int64_t first, int64_t count, int type, void* out, int threads) {
   CC_DISPATCH(cc_masked_rows, w, first, count, type, out, threads);
 }
+
+CC_EXPORT int cc_factors(int isa, const Factors* w, const Call* c) { CC_DISPATCH(cc_factors, w, c); }
+
+CC_EXPORT int cc_masked_delta(int isa, const MaskedDelta* w, const Call* c) { CC_DISPATCH(cc_masked_delta, w, c); }
+
+CC_EXPORT int cc_armor(int isa, const Armor* w, const Call* c) { CC_DISPATCH(cc_armor, w, c); }
 
 }  // extern "C"

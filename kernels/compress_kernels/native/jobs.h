@@ -3,7 +3,7 @@
 #pragma once
 #include <stdint.h>
 
-enum { CC_VERSION = 1 };
+enum { CC_VERSION = 2 };
 enum { CC_OK = 0, CC_BAD_SHAPE = 1, CC_BAD_TYPE = 2, CC_NO_ISA = 3, CC_SMALL_WORKSPACE = 4 };
 
 struct IntGrouped {
@@ -26,6 +26,48 @@ struct Masked {
   const void* values;      // floats, and 32 more beyond the last; or [N][K/16] words of 8 codes, and 8 bytes more
   const void* scale;       // [N][K/group]
   const uint8_t* zero;     // the same, or null where the zero point is 8
+};
+
+// y = U [A x_first ; x_last], where x_first and x_last are columns of x. A factor is a plain matrix of the type of x, or an IntGrouped.
+struct Factors {
+  int64_t K, N, rank;      // inputs, outputs, rows of A
+  int64_t first, last;     // how many columns A and U take of x
+  int64_t padded, joined;  // inputs of A, not below first; of U, not below rank + last
+  const int32_t* order;    // [first+last] columns of x, or null: 0, 1, ...
+  const void* A;           // [rank][padded], or null where rank is 0
+  const void* U;           // [N][joined]
+  const struct IntGrouped* coded_A;  // in place of A
+  const struct IntGrouped* coded_U;
+  int32_t silu, scaled;    // 1: SiLU follows A; 1: A's part is multiplied by low, and what goes past A by direct
+  float low, direct;
+};
+
+struct Shared {            // what a bit stands for, [N][K]
+  int32_t kind, zero;      // 0 bf16, 1 codes of 8 bits, 2 codes of 4 bits, 3 one fp32 number; the code that means 0
+  int64_t group;           // columns of a scale
+  const void* values;      // codes: each row begins at a word of 32 bits
+  const uint16_t* scale;   // [N][ceil(K/group)] bf16, of codes
+};
+
+// y = x baseᵀ + bias + factor x dᵀ; d is one where the bit of the row's task is 1, and where it is 0: zero, -one (signs), or low
+struct MaskedDelta {
+  int64_t K, N;
+  int32_t signs, has_low;
+  const void* base;        // [N][K] of the type of x
+  const void* bias;        // [N] of the type of x, or null
+  struct Shared one, low;
+  int64_t tasks;
+  const uint32_t* const* mask;  // of every task [N][ceil(K/32)], lowest bit first
+  const float* factor;          // of every task
+  const int32_t* task;          // of every row of x, or -1
+};
+
+// y = post (core (pre x)), pre and post block diagonal matrices of the type of x
+struct Armor {
+  int64_t block_in, block_out;
+  const void* pre;         // [K/block_in][block_in][block_in]
+  const void* post;        // [N/block_out][block_out][block_out]
+  const struct Masked* core;
 };
 
 struct Call {

@@ -14,7 +14,7 @@ import torch
 from compress_kernels import bits as bitpack
 from compress_kernels import native
 
-ROWS_OF_X = 48  # from more rows on, expanding tiles for the BLAS is faster
+ROWS_OF_X = 96  # from more rows on, expanding tiles for the BLAS is faster
 TILE = 1 << 20  # weights that are expanded together
 STEP = 32  # columns that a row of the mask is filled up to, and values beyond the last
 
@@ -31,6 +31,10 @@ class Weight:
     scale: torch.Tensor | None  # (O, G), of codes
     zero: torch.Tensor | None  # (O, G) uint8
     job: Any = field(default=None, compare=False, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has tensors, and so pointers, of its own."""
+        return make, (self.mask, self.start, self.values, self.scale, self.zero, self.shape, self.group_size)
 
 
 def can_run(dtype: torch.dtype, device: torch.device) -> str | None:

@@ -16,6 +16,8 @@
 #define CC_JOIN(a, b) CC_JOIN_(a, b)
 #define CC_NAME(function) CC_JOIN(CC_JOIN(function, _isa), CC_ISA)  // the function's name for this instruction set
 
+#define CC_INLINE inline __attribute__((always_inline))  // where sums must stay in registers
+
 enum Type { F32 = 0, BF16 = 1, F16 = 2 };  // of activations, scales and values
 
 namespace CC_NAME(cc) {
@@ -70,6 +72,14 @@ inline void store_one(void* p, int64_t i, int type, float f) {
   else static_cast<uint16_t*>(p)[i] = type == BF16 ? float_to_bfloat(f) : float_to_half(f);
 }
 
+inline float fma_one(float a, float b, float c) {  // as fma() does it in a lane
+#if CC_ISA > 0
+  return _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c)));
+#else
+  return c + a * b;
+#endif
+}
+
 #if CC_ISA >= 2
 
 constexpr int LANES = 16;
@@ -79,6 +89,7 @@ inline I load_i(const void* p) { return _mm512_loadu_si512(p); }
 inline I set_i(int32_t v) { return _mm512_set1_epi32(v); }
 inline I and_i(I a, I b) { return _mm512_and_si512(a, b); }
 inline I or_i(I a, I b) { return _mm512_or_si512(a, b); }
+inline I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
 template <int n> inline I right(I a) { return _mm512_srli_epi32(a, n); }
 template <int n> inline I left(I a) { return _mm512_slli_epi32(a, n); }
 inline I dot4(I sum, I u8, I s8) { return _mm512_dpbusd_epi32(sum, u8, s8); }
@@ -93,20 +104,41 @@ inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }    // a b + c
 inline F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
 inline float sum(F a) { return _mm512_reduce_add_ps(a); }
 inline I widen_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+inline void store_i8(int8_t* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a)); }
+inline I max_i(I a, I b) { return _mm512_max_epi32(a, b); }
+inline I sub_i(I a, I b) { return _mm512_sub_epi32(a, b); }
+inline int32_t most(I a) { return _mm512_reduce_max_epi32(a); }
+inline int32_t sum(I a) { return _mm512_reduce_add_epi32(a); }
+inline I bits_f(F a) { return _mm512_castps_si512(a); }
 template <int type> inline F load_16(const void* p) {  // LANES numbers of 16 or 32 bits
   if (type == F32) return _mm512_loadu_ps(p);
   const __m256i h = _mm256_loadu_si256((const __m256i*)p);
   return type == F16 ? _mm512_cvtph_ps(h) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
+inline __m256i bfloats(F a) {
+  const I bits = _mm512_castps_si512(a), odd = and_i(right<16>(bits), set_i(1));
+  return _mm512_cvtepi32_epi16(right<16>(_mm512_add_epi32(_mm512_add_epi32(bits, set_i(0x7fff)), odd)));
+}
 inline void store_16(void* p, F a, int type) {  // LANES numbers, rounded to the nearest
   if (type == F32) return _mm512_storeu_ps(p, a);
   if (type == F16) return _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-  const I bits = _mm512_castps_si512(a), odd = and_i(right<16>(bits), set_i(1));
-  const I rounded = right<16>(_mm512_add_epi32(_mm512_add_epi32(bits, set_i(0x7fff)), odd));
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(rounded));
+  _mm256_storeu_si256((__m256i*)p, bfloats(a));
 }
 // LANES lanes, the next of `packed` where the mask has a one and 0 elsewhere
-inline F expand(F packed, uint32_t mask) { return _mm512_maskz_expand_ps((__mmask16)mask, packed); }
+inline F expand(F packed, uint32_t mask) {
+  // in place: Zen 5 waits for what the target register held before, five cycles for each vector, if that is another one
+  asm("vexpandps %0, %0%{%1%}%{z%}" : "+v"(packed) : "Yk"((__mmask16)mask));
+  return packed;
+}
+inline F choose(uint32_t mask, F zero, F one) { return _mm512_mask_mov_ps(zero, (__mmask16)mask, one); }  // by the mask's bits
+// the sums of four vectors' lanes
+inline void sums4(F a, F b, F c, F d, float* out) {
+  const F ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)), cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512d p = _mm512_castps_pd(ab), q = _mm512_castps_pd(cd);
+  const F all = add(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
+  const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
+}
 
 #elif CC_ISA == 1
 
@@ -117,6 +149,7 @@ inline I load_i(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 inline I set_i(int32_t v) { return _mm256_set1_epi32(v); }
 inline I and_i(I a, I b) { return _mm256_and_si256(a, b); }
 inline I or_i(I a, I b) { return _mm256_or_si256(a, b); }
+inline I add_i(I a, I b) { return _mm256_add_epi32(a, b); }
 template <int n> inline I right(I a) { return _mm256_srli_epi32(a, n); }
 template <int n> inline I left(I a) { return _mm256_slli_epi32(a, n); }
 // vpmaddubsw saturates for codes of 8 bits, so bytes are widened: even ones and odd ones, signed and unsigned, to 16 bits
@@ -141,6 +174,23 @@ inline float sum(F a) {
   return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
 }
 inline I widen_u8(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+inline void store_i8(int8_t* p, I a) {
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(words, words));
+}
+inline I max_i(I a, I b) { return _mm256_max_epi32(a, b); }
+inline I sub_i(I a, I b) { return _mm256_sub_epi32(a, b); }
+inline int32_t most(I a) {
+  const __m128i h = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  const __m128i q = _mm_max_epi32(h, _mm_unpackhi_epi64(h, h));
+  return _mm_cvtsi128_si32(_mm_max_epi32(q, _mm_shuffle_epi32(q, 1)));
+}
+inline int32_t sum(I a) {
+  const __m128i h = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  const __m128i q = _mm_add_epi32(h, _mm_unpackhi_epi64(h, h));
+  return _mm_cvtsi128_si32(_mm_add_epi32(q, _mm_shuffle_epi32(q, 1)));
+}
+inline I bits_f(F a) { return _mm256_castps_si256(a); }
 template <int type> inline F load_16(const void* p) {
   if (type == F32) return _mm256_loadu_ps((const float*)p);
   const __m128i h = _mm_loadu_si128((const __m128i*)p);
@@ -173,6 +223,16 @@ inline F expand(F packed, uint32_t mask) {
   const F moved = _mm256_permutevar8x32_ps(packed, _mm256_load_si256((const __m256i*)PLACES.at[mask & 255]));
   return _mm256_and_ps(moved, _mm256_castsi256_ps(kept));
 }
+inline F choose(uint32_t mask, F zero, F one) {
+  const I bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return _mm256_blendv_ps(zero, one, _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(mask), bits), bits)));
+}
+inline void sums4(F a, F b, F c, F d, float* out) {
+  const F ab = add(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)), cd = add(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+  const __m256d p = _mm256_castps_pd(ab), q = _mm256_castps_pd(cd);
+  const F all = add(_mm256_castpd_ps(_mm256_unpacklo_pd(p, q)), _mm256_castpd_ps(_mm256_unpackhi_pd(p, q)));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
 
 #else
 
@@ -184,6 +244,7 @@ inline I load_i(const void* p) { I a; __builtin_memcpy(&a, p, sizeof a); return 
 inline I set_i(int32_t x) { I a; CC_EACH a.v[i] = x; return a; }
 inline I and_i(I a, I b) { CC_EACH a.v[i] &= b.v[i]; return a; }
 inline I or_i(I a, I b) { CC_EACH a.v[i] |= b.v[i]; return a; }
+inline I add_i(I a, I b) { CC_EACH a.v[i] += b.v[i]; return a; }
 template <int n> inline I right(I a) { CC_EACH a.v[i] = int32_t(uint32_t(a.v[i]) >> n); return a; }
 template <int n> inline I left(I a) { CC_EACH a.v[i] = int32_t(uint32_t(a.v[i]) << n); return a; }
 inline I dot4(I sum, I u8, I s8) {
@@ -201,6 +262,12 @@ inline F fma(F a, F b, F c) { CC_EACH c.v[i] += a.v[i] * b.v[i]; return c; }
 inline F fnma(F a, F b, F c) { CC_EACH c.v[i] -= a.v[i] * b.v[i]; return c; }
 inline float sum(F a) { float s = 0; CC_EACH s += a.v[i]; return s; }
 inline I widen_u8(const uint8_t* p) { I a; CC_EACH a.v[i] = p[i]; return a; }
+inline void store_i8(int8_t* p, I a) { CC_EACH p[i] = int8_t(a.v[i]); }
+inline I max_i(I a, I b) { CC_EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
+inline I sub_i(I a, I b) { CC_EACH a.v[i] -= b.v[i]; return a; }
+inline int32_t most(I a) { int32_t s = a.v[0]; CC_EACH s = s > a.v[i] ? s : a.v[i]; return s; }
+inline int32_t sum(I a) { int32_t s = 0; CC_EACH s += a.v[i]; return s; }
+inline I bits_f(F a) { I r; __builtin_memcpy(&r, &a, sizeof r); return r; }
 template <int type> inline F load_16(const void* p) { F a; CC_EACH a.v[i] = load_one(p, i, type); return a; }
 inline void store_16(void* p, F a, int type) { CC_EACH store_one(p, i, type, a.v[i]); }
 inline F expand(F packed, uint32_t mask) {
@@ -208,8 +275,12 @@ inline F expand(F packed, uint32_t mask) {
   for (int i = 0, n = 0; i < LANES; i++) a.v[i] = mask >> i & 1 ? packed.v[n++] : 0.0f;
   return a;
 }
+inline F choose(uint32_t mask, F zero, F one) { CC_EACH if (mask >> i & 1) zero.v[i] = one.v[i]; return zero; }
+inline void sums4(F a, F b, F c, F d, float* out) { out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d); }
 
 #endif
+
+inline constexpr int bytes_of(int type) { return type == F32 ? 4 : 2; }
 
 template <int n> inline F byte_to_f(I bytes) { return to_f(and_i(right<8 * n>(bytes), set_i(255))); }  // byte n of every lane
 
