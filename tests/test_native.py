@@ -185,7 +185,7 @@ def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch: pytest.Mon
 def test_the_ops_pass_torchs_own_checks() -> None:
     weight, _ = integers(20, 64, 32, 4, False, BF16, False, outliers=True)
     assert weight.outliers is not None
-    parts = weight.codes, weight.scale, weight.zero, *weight.outliers
+    parts = weight.codes, weight.scale, weight.zero, list(weight.outliers)
     utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(cpu._op, (randn(3, 64), *parts, 20, 4, False), test_utils=utils)
     sparse = masked.prepare(torch.ones(20, 64, dtype=torch.uint8), torch.ones(20 * 64))

@@ -38,12 +38,23 @@ for step in range(120):
     zero = buffer(tiles * groups * 16) if draw.randrange(2) else None
     sub = group if group <= 128 else 128
     x, y = buffer(M * K * size[x_type]), buffer(M * N * size[x_type])
+    steps, short = [0], draw.randrange(2)
+    for _ in range(tiles):
+        steps.append(steps[-1] + draw.randrange(4))
+    columns = [draw.randrange(K) for _ in range(16 * steps[-1])]
+    step, width = (ctypes.c_int64 * (tiles + 1))(*steps), ctypes.c_uint16 if short else ctypes.c_int32
+    step_index = (width * len(columns))(*columns)
+    step_value = buffer(32 * steps[-1])
     space = M * (4 * (groups if exact else 2 * (K // sub)) + K * (4 if exact else 1))
+    if draw.randrange(2):
+        space = -(-space // 64) * 64 + 4 * K * (-(-M // 16) * 16 if M > 1 else 1)
+    else:
+        step = None
     work = buffer(space)
     indptr = (ctypes.c_int64 * (N + 1))(*range(N + 1))
     index = (ctypes.c_int32 * N)(*(draw.randrange(K) for _ in range(N)))
     w = IntGrouped(K, N, group, sub, bits, scale_type, exact, 1, at(codes), at(scale), at(zero), at(indptr), at(index),
-                   at(buffer(2 * N)))
+                   at(buffer(2 * N)), at(step), at(step_index), at(step_value), short)
     assert library.cc_int_grouped(isa, ctypes.byref(w), ctypes.byref(Call(M, K, x_type, 2, at(x), at(y), at(work), space))) == 0
 
     K = draw.randrange(1, 80)

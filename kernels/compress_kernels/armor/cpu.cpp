@@ -15,13 +15,14 @@ struct Diagonal {  // [count][block][block] of `type`, and what it is multiplied
   int type;
 };
 
+constexpr int64_t CHUNK = 48, WIDE = 256;  // rows of x, and the largest block, whose inputs are copied together
+
 // A quad of outputs lies in one block, so that the block's inputs serve all four; blocks of other than 4 k rows end in a shorter quad.
-template <class Math, int type>
-void product(const Diagonal& d, int64_t M, const typename Math::X* x, int64_t stride, int threads, void* y) {
-  const int64_t b = d.block, quads = (b + 3) / 4, width = d.count * b, all = d.count * quads;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < all; i++) {
-    const int64_t block = i / quads, first = i % quads * 4, here = b - first < 4 ? b - first : 4;
+template <class Math, int type, bool copied>
+void quads(const Diagonal& d, int64_t M, const typename Math::X* x, int64_t stride, int64_t block, void* y, int64_t m_first) {
+  const int64_t b = d.block, width = d.count * b;
+  for (int64_t first = 0; first < b; first += 4) {
+    const int64_t here = b - first < 4 ? b - first : 4;
     const char* at = static_cast<const char*>(d.blocks) + (block * b + first) * b * Math::SIZE;
     const char* w[4];
     for (int64_t r = 0; r < 4; r++) w[r] = at + (r < here ? r : 0) * b * Math::SIZE;
@@ -30,13 +31,39 @@ void product(const Diagonal& d, int64_t M, const typename Math::X* x, int64_t st
       F sum[MR][4];
       for (int m = 0; m < MR; m++)
         for (int r = 0; r < 4; r++) sum[m][r] = set_f(0);
-      dots<Math, 4, MR>(w, x + m0 * stride + block * b, stride, b, 4 * b * Math::SIZE, sum);
+      dots<Math, 4, MR, copied>(w, copied ? x + m0 * b : x + m0 * stride, stride, b, 4 * b * Math::SIZE, sum);
       for (int m = 0; m < MR; m++) {
         float four[4];
         sums4(sum[m][0], sum[m][1], sum[m][2], sum[m][3], four);
-        for (int64_t r = 0; r < here; r++) store_one(y, (m0 + m) * width + block * b + first + r, type, four[r]);
+        store_four(y, (m_first + m0 + m) * width + block * b + first, type, four, here);
       }
     });
+  }
+}
+
+// Rows of x lie a multiple of pages apart and would push each other out of the cache, so a block's inputs are copied, steps side by side.
+template <class Math, int type>
+void product(const Diagonal& d, int64_t M, const typename Math::X* x, int64_t stride, int threads, void* y) {
+  typedef typename Math::X X;
+  const int64_t b = d.block;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t block = 0; block < d.count; block++) {
+    const X* from = x + block * b;
+    if (M < 3 || b > WIDE || b % Math::STEP) {
+      quads<Math, type, false>(d, M, from, stride, block, y, 0);
+      continue;
+    }
+    alignas(64) X space[CHUNK * WIDE];
+    for (int64_t first = 0; first < M; first += CHUNK) {
+      const int64_t count = M - first < CHUNK ? M - first : CHUNK;
+      blocks<6>(count, [&](auto size, int64_t m0) {
+        constexpr int MR = decltype(size)::value;
+        X* to = space + m0 * b;
+        for (int64_t k = 0; k < b; k += Math::STEP)
+          for (int m = 0; m < MR; m++, to += Math::STEP) __builtin_memcpy(to, from + (first + m0 + m) * stride + k, sizeof(X) * Math::STEP);
+      });
+      quads<Math, type, true>(d, count, space, 0, block, y, first);
+    }
   }
 }
 

@@ -261,8 +261,10 @@ template <int R, int most> void words_pieces(const Masked& w, const Call& c, con
     }
     for (int64_t m = 0; m < count; m++) {
       float out[R];
-      for (int r = 0; r < R; r += 4) sums4(sums[m][r], sums[m][r + 1], sums[m][r + 2], sums[m][r + 3], out + r);
-      for (int r = 0; r < R && row + r < w.N; r++) store_one(c.y, (first + m) * w.N + row + r, c.type, out[r]);
+      for (int r = 0; r < R; r += 4) {
+        sums4(sums[m][r], sums[m][r + 1], sums[m][r + 2], sums[m][r + 3], out + r);
+        store_four(c.y, (first + m) * w.N + row + r, c.type, out + r, w.N - row - r);
+      }
     }
   }
 }

@@ -124,6 +124,12 @@ struct Numbers {
 };
 constexpr Numbers NUMBERS;
 
+inline I pair_at(const uint16_t* x) {
+  int32_t two;
+  __builtin_memcpy(&two, x, 4);
+  return set_i(two);
+}
+
 inline F dot2(F sum, I w, I x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
 
 // the same with bf16 activations as they are
@@ -144,12 +150,11 @@ template <int bits, int MR> void tile_words(const IntGrouped& w, const Inputs& i
       for (int q = 0; q < QUADS; q++) {
         const I a = _mm512_permutexvar_epi16(quads[q], low), b = _mm512_permutexvar_epi16(right<8>(quads[q]), low);
         for (int m = 0; m < MR; m++) {
-          int32_t two[2];
-          __builtin_memcpy(two, x + 4 * (q * MR + m), 8);
-          even[m] = dot2(even[m], a, set_i(two[0])), odd[m] = dot2(odd[m], b, set_i(two[1]));
+          const I first = pair_at(x + 4 * (q * MR + m)), second = pair_at(x + 4 * (q * MR + m) + 2);
+          even[m] = dot2(even[m], a, first), odd[m] = dot2(odd[m], b, second);
           if (bits == 8) {
-            even[m] = dot2(even[m], _mm512_permutexvar_epi16(right<5>(quads[q]), high), set_i(two[0]));
-            odd[m] = dot2(odd[m], _mm512_permutexvar_epi16(right<13>(quads[q]), high), set_i(two[1]));
+            even[m] = dot2(even[m], _mm512_permutexvar_epi16(right<5>(quads[q]), high), first);
+            odd[m] = dot2(odd[m], _mm512_permutexvar_epi16(right<13>(quads[q]), high), second);
           }
         }
       }
@@ -204,47 +209,54 @@ template <int bits, int MR> void tile_exact(const IntGrouped& w, const Inputs& i
   }
 }
 
-// The outliers' part of the outputs of a tile and 16 rows of x, of which one row takes a way of its own
-template <int type> void outliers(const IntGrouped& w, const Call& c, const Inputs& in, int64_t tile, int64_t block, float (*out)[ROWS]) {
-  const uint16_t* value = static_cast<const uint16_t*>(w.value);
-  for (int64_t r = 0; r < ROWS && tile * ROWS + r < w.N; r++) {
-    const int64_t first = w.indptr[tile * ROWS + r], last = w.indptr[tile * ROWS + r + 1];
-    if (c.M == 1) {
-      float sum[4] = {0, 0, 0, 0};
-      int64_t i = first;
-      for (; i + 4 <= last; i += 4)
-        for (int j = 0; j < 4; j++) sum[j] = fma_one(load_one(value, i + j, type), in.turned[w.index[i + j]], sum[j]);
-      for (int j = 0; i < last; i++, j++) sum[j] = fma_one(load_one(value, i, type), in.turned[w.index[i]], sum[j]);
-      out[0][r] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-      continue;
-    }
-    const float* x = in.turned + block * 16 * w.K;
-    for (int h = 0; h < HALVES; h++) {
-      F sum[4] = {set_f(0), set_f(0), set_f(0), set_f(0)};
-      int64_t i = first;
-      for (; i + 4 <= last; i += 4)
-        for (int j = 0; j < 4; j++) sum[j] = fma(set_f(load_one(value, i + j, type)), load_f(x + int64_t(w.index[i + j]) * 16 + h * LANES), sum[j]);
-      for (int j = 0; i < last; i++, j++) sum[j] = fma(set_f(load_one(value, i, type)), load_f(x + int64_t(w.index[i]) * 16 + h * LANES), sum[j]);
-      float all[LANES];
-      store_f(all, add(add(sum[0], sum[1]), add(sum[2], sum[3])));
-      for (int m = 0; m < LANES; m++) out[h * LANES + m][r] = all[m];
-    }
-  }
+inline I columns_at(const IntGrouped& w, int64_t at) {
+  return w.step_short ? widen_u16(static_cast<const uint16_t*>(w.step_index) + at) : load_i(static_cast<const int32_t*>(w.step_index) + at);
 }
 
-// writes one row of x's 16 outputs; outliers have been summed up, or are added one by one
-void finish(const IntGrouped& w, const Call& c, int64_t tile, int64_t m, const F* y, const float* extra) {
+// The outliers' part, in steps, of the outputs of a tile and a row of x; or of 16 rows of x. One by one: gathering takes twice as long.
+template <class Column> void outliers_of_one(const IntGrouped& w, const float* x, int64_t tile, float* out) {
+  const Column* column = static_cast<const Column*>(w.step_index);
+  alignas(64) float value[ROWS];
+  float sum[ROWS] = {0};
+  for (int64_t i = w.step[tile] * ROWS; i < w.step[tile + 1] * ROWS; i += ROWS) {
+    for (int h = 0; h < HALVES; h++) store_f(value + h * LANES, load_typed(w.step_value, i + h * LANES, w.value_type));
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++) sum[r] = fma_one(value[r], x[column[i + r]], sum[r]);
+  }
+  for (int r = 0; r < ROWS; r++) out[r] = sum[r];
+}
+
+void outliers_of_many(const IntGrouped& w, const float* x, int64_t tile, float* out) {
+  alignas(64) float turned[ROWS][16], value[ROWS];
+  alignas(64) int32_t column[ROWS];
+  for (int h = 0; h < HALVES; h++) {
+    F sum[ROWS];
+    for (int r = 0; r < ROWS; r++) sum[r] = set_f(0);
+    for (int64_t i = w.step[tile] * ROWS; i < w.step[tile + 1] * ROWS; i += ROWS) {
+      for (int part = 0; part < HALVES; part++) {
+        store_f(value + part * LANES, load_typed(w.step_value, i + part * LANES, w.value_type));
+        store_i(column + part * LANES, columns_at(w, i + part * LANES));
+      }
+      for (int r = 0; r < ROWS; r++) sum[r] = fma(set_f(value[r]), load_f(x + int64_t(column[r]) * 16 + h * LANES), sum[r]);
+    }
+    for (int r = 0; r < ROWS; r++) store_f(turned[r] + h * LANES, sum[r]);
+  }
+  transpose(turned, out);
+}
+
+// writes one row of x's 16 outputs, with the outliers' part that has been summed up, and the others one by one
+void finish(const IntGrouped& w, const Call& c, int64_t tile, int64_t m, F* y, const float* extra) {
   const int64_t first = tile * ROWS, rows = w.N - first < ROWS ? w.N - first : ROWS;
   const int64_t at = m * w.N + first;
-  if (rows == ROWS && !w.indptr) {
+  for (int h = 0; extra && h < HALVES; h++) y[h] = add(y[h], load_f(extra + h * LANES));
+  if (rows == ROWS && !(w.indptr && w.indptr[first] < w.indptr[first + rows])) {
     for (int h = 0; h < HALVES; h++) store_16(static_cast<char*>(c.y) + (at + h * LANES) * bytes_of(c.type), y[h], c.type);
     return;
   }
   float out[ROWS];
   for (int h = 0; h < HALVES; h++) store_f(out + h * LANES, y[h]);
   for (int64_t r = 0; r < rows; r++) {
-    if (extra) out[r] += extra[r];
-    else if (w.indptr)
+    if (w.indptr)
       for (int64_t i = w.indptr[first + r]; i < w.indptr[first + r + 1]; i++)
         out[r] += load_one(w.value, i, w.value_type) * load_one(c.x, m * c.stride + w.index[i], c.type);
     store_one(c.y, at + r, c.type, out[r]);
@@ -263,26 +275,31 @@ template <int bits, int MR> void rows_of_x(const IntGrouped& w, const Call& c, c
   for (int m = 0; m < MR; m++) finish(w, c, tile, m0 + m, y[m], extra ? extra[m] : nullptr);
 }
 
+// a tile's outputs of the rows start .. stop of x
+template <int bits> void tile_rows(const IntGrouped& w, const Call& c, const Inputs& in, int64_t tile, int64_t start, int64_t stop) {
+  alignas(64) float sums[16][ROWS];
+  for (int64_t m = start, end = 0; m < stop; m = end) {
+    const float(*extra)[ROWS] = w.step ? sums : nullptr;
+    if (w.step && c.M == 1 && w.step_short) outliers_of_one<uint16_t>(w, in.turned, tile, sums[0]);
+    else if (w.step && c.M == 1) outliers_of_one<int32_t>(w, in.turned, tile, sums[0]);
+    else if (w.step) outliers_of_many(w, in.turned + m * w.K, tile, sums[0]);
+    end = m + 16 < stop ? m + 16 : stop;
+    int64_t i = 0;
+    for (; m + i + 8 <= end; i += 8) rows_of_x<bits, 8>(w, c, in, tile, m + i, extra ? extra + i : nullptr);
+    if (m + i + 4 <= end) rows_of_x<bits, 4>(w, c, in, tile, m + i, extra ? extra + i : nullptr), i += 4;
+    if (m + i + 2 <= end) rows_of_x<bits, 2>(w, c, in, tile, m + i, extra ? extra + i : nullptr), i += 2;
+    if (m + i < end) rows_of_x<bits, 1>(w, c, in, tile, m + i, extra ? extra + i : nullptr);
+  }
+}
+
 template <int bits> void product(const IntGrouped& w, const Call& c, const Inputs& in) {
   const int64_t tiles = (w.N + ROWS - 1) / ROWS;
+  // outliers jump about in x: as many of its rows are taken together as stay near
+  const int64_t near = 1 << 18, rows = w.step ? (16 * w.K < near ? near / w.K / 16 * 16 : 16) : c.M;
+  for (int64_t start = 0; start < c.M; start += rows) {
+    const int64_t stop = start + rows < c.M ? start + rows : c.M;
 #pragma omp parallel for num_threads(c.threads) schedule(static)
-  for (int64_t tile = 0; tile < tiles; tile++) {
-    float sums[16][ROWS];
-    for (int64_t m = 0, end = 0; m < c.M; m = end) {
-      const float(*extra)[ROWS] = nullptr;
-      if (w.indptr && in.turned) {
-        if (w.value_type == BF16) outliers<BF16>(w, c, in, tile, m / 16, sums);
-        else if (w.value_type == F16) outliers<F16>(w, c, in, tile, m / 16, sums);
-        else outliers<F32>(w, c, in, tile, m / 16, sums);
-        extra = sums;
-      }
-      end = m + 16 < c.M ? m + 16 : c.M;
-      int64_t i = 0;
-      for (; m + i + 8 <= end; i += 8) rows_of_x<bits, 8>(w, c, in, tile, m + i, extra ? extra + i : nullptr);
-      if (m + i + 4 <= end) rows_of_x<bits, 4>(w, c, in, tile, m + i, extra ? extra + i : nullptr), i += 4;
-      if (m + i + 2 <= end) rows_of_x<bits, 2>(w, c, in, tile, m + i, extra ? extra + i : nullptr), i += 2;
-      if (m + i < end) rows_of_x<bits, 1>(w, c, in, tile, m + i, extra ? extra + i : nullptr);
-    }
+    for (int64_t tile = 0; tile < tiles; tile++) tile_rows<bits>(w, c, in, tile, start, stop);
   }
 }
 
@@ -302,9 +319,9 @@ extern "C" int CC_NAME(cc_int_grouped)(const IntGrouped* weight, const Call* cal
   const int64_t bytes = 4 * (sums + scales) + c.M * w.K * (w.exact ? 4 : 1);
   if (c.workspace_bytes < bytes) return CC_SMALL_WORKSPACE;
   const int64_t blocks = c.M > 1 ? (c.M + 15) / 16 : 1, before = (bytes + 63) / 64 * 64;
-  const bool space = w.indptr && c.workspace_bytes >= before + 4 * w.K * (c.M > 1 ? 16 * blocks : 1);
+  if (w.step && c.workspace_bytes < before + 4 * w.K * (c.M > 1 ? 16 * blocks : 1)) return CC_SMALL_WORKSPACE;
   float* at = static_cast<float*>(c.workspace);
-  const Inputs in = {at, at + scales, at + scales + sums, space ? at + before / 4 : nullptr};
+  const Inputs in = {at, at + scales, at + scales + sums, at + before / 4};
   const int64_t rows = c.M;
   const bool words = in_words(w, c);
 #pragma omp parallel for num_threads(c.threads) schedule(static) if (rows > 8)
@@ -312,9 +329,9 @@ extern "C" int CC_NAME(cc_int_grouped)(const IntGrouped* weight, const Call* cal
     if (w.exact) widen_row(w, c, m, in, words);
     else quantize(w, c, m, in);
   }
-  if (space && c.M == 1) widen(c.x, 0, c.type, w.K, in.turned);
+  if (w.step && c.M == 1) widen(c.x, 0, c.type, w.K, in.turned);
 #pragma omp parallel for num_threads(c.threads) schedule(static) if (rows > 16)
-  for (int64_t block = 0; block < (space && c.M > 1 ? blocks : 0); block++) turn(w, c, block, in.turned + block * 16 * w.K);
+  for (int64_t block = 0; block < (w.step && c.M > 1 ? blocks : 0); block++) turn(w, c, block, in.turned + block * 16 * w.K);
   switch (w.bits) {
     case 2: product<2>(w, c, in); break;
     case 3: product<3>(w, c, in); break;

@@ -18,6 +18,7 @@ CHUNK = {2: 16, 3: 32, 4: 16, 8: 8}  # columns that are unpacked together
 TILE = 16  # output rows that lie together
 MOST = 32  # columns of an activation's scale; 128 would be 10 % faster and twice as far off (docs/log.md)
 ROWS_EXACT = 256  # from more rows of x on, `exact` is slower than decoding tiles for the BLAS
+FEW = 4  # rows of a tile that share a step of outliers
 _ROWS = 1024  # rows repacked at a time
 
 
@@ -32,7 +33,7 @@ class Weight:
     codes: torch.Tensor  # uint8, see cpu.cpp
     scale: torch.Tensor  # (tiles, G, 16)
     zero: torch.Tensor | None  # (tiles, G, 16) uint8; None where symmetric
-    outliers: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None  # indptr int64, index int32, value
+    outliers: tuple[torch.Tensor, ...] | None  # indptr, index, value, step, step_index, step_value of native/jobs.h
     job: Any = field(default=None, compare=False, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -106,27 +107,48 @@ def prepare(
         zero = torch.full(scale.shape, 1 << (bits - 1), dtype=torch.uint8)
     if scale.dtype not in native.TYPES:
         scale = scale.float()
-    csr = None
-    if outliers is not None:
-        indptr, index, value = outliers
-        csr = indptr.to(torch.int64).contiguous(), index.to(torch.int32).contiguous(), value.contiguous()
+    csr = None if outliers is None else steps(*outliers, shape)
     return make(
         torch.cat(pieces), _tiled(scale, tiles), None if zero is None else _tiled(zero, tiles), csr, shape, own, exact
     )  # fmt: skip
 
 
+def steps(indptr: torch.Tensor, index: torch.Tensor, value: torch.Tensor, shape: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+    """CSR outliers of a weight (O, I) in steps of one for each of a tile's rows, and what is left of rows with many more, in CSR.
+
+    Steps end with the longest row; or, where that is much longer than the others, when fewer than FEW rows have a next outlier.
+    """
+    O, I = shape
+    tiles, bounds = -(-O // TILE), indptr.to(torch.int64)
+    counts = torch.nn.functional.pad(bounds.diff(), (0, -O % TILE))
+    row = torch.arange(O).repeat_interleave(bounds.diff())
+    place = torch.arange(len(row)) - bounds[row]  # in its row
+    longest = counts.view(tiles, TILE).sort(1, descending=True).values
+    many = longest[:, 0].where(longest[:, 0] * TILE <= 2 * longest.sum(1) + 8 * TILE, longest[:, FEW - 1])  # steps of each tile
+    start = torch.nn.functional.pad(many.cumsum(0), (1, 0))
+    early = place < many[row // TILE]
+    at = ((start[row // TILE] + place) * TILE + row % TILE)[early]
+    columns = torch.zeros(int(start[-1]) * TILE, dtype=torch.int32)
+    values = torch.zeros(len(columns), dtype=value.dtype)
+    index = index.to(torch.int32) & 0xFFFF if index.dtype == torch.int16 else index.to(torch.int32)
+    columns[at], values[at] = index[early], value[early]
+    left = torch.nn.functional.pad((~early).to(torch.int64).cumsum(0), (1, 0))[bounds]
+    short = columns.to(torch.int16) if I <= 1 << 16 else columns
+    return left, index[~early].contiguous(), value[~early].contiguous(), start, short, values
+
+
 def make(
-    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None,
-    outliers: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None, shape: tuple[int, int], bits: int, exact: bool,
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, outliers: tuple[torch.Tensor, ...] | None,
+    shape: tuple[int, int], bits: int, exact: bool,
 ) -> Weight:  # fmt: skip
     """A weight from tensors in the kernel's layout."""
     O, I = shape
     group = I // scale.shape[1]
-    indptr, index, value = outliers or (None, None, None)
+    parts = [None] * 6 if outliers is None else [t.data_ptr() for t in outliers]
     job = native.IntGrouped(
         I, O, group, sub_group(group, bits), bits, native.TYPES[scale.dtype], int(exact),
-        0 if value is None else native.TYPES[value.dtype], codes.data_ptr(), scale.data_ptr(), native.pointer(zero),
-        native.pointer(indptr), native.pointer(index), native.pointer(value),
+        0 if outliers is None else native.TYPES[outliers[2].dtype], codes.data_ptr(), scale.data_ptr(), native.pointer(zero),
+        *parts, 0 if outliers is None else int(outliers[4].dtype == torch.int16),
     )  # fmt: skip
     return Weight(shape, bits, group, exact, codes, scale, zero, outliers, job)
 
@@ -134,8 +156,7 @@ def make(
 def linear(x: torch.Tensor, w: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., I) times Wᵀ plus bias -> (..., O) in x's dtype."""
     if torch.compiler.is_compiling():
-        indptr, index, value = w.outliers or (None, None, None)
-        y = _op(x, w.codes, w.scale, w.zero, indptr, index, value, w.shape[0], w.bits, w.exact)
+        y = _op(x, w.codes, w.scale, w.zero, list(w.outliers or ()), w.shape[0], w.bits, w.exact)
     else:
         y = _product(x, w)
     return y if bias is None else y + bias
@@ -155,16 +176,16 @@ def workspace(job: Any, M: int, outliers: bool = False) -> int:
 
 @torch.library.custom_op("compress_kernels::int_grouped_cpu", mutates_args=())
 def _op(
-    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, indptr: torch.Tensor | None,
-    index: torch.Tensor | None, value: torch.Tensor | None, outputs: int, bits: int, exact: bool,
+    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, outliers: list[torch.Tensor],
+    outputs: int, bits: int, exact: bool,
 ) -> torch.Tensor:  # fmt: skip
-    outliers = None if indptr is None or index is None or value is None else (indptr, index, value)
-    return _product(x, make(codes, scale, zero, outliers, (outputs, x.shape[-1]), bits, exact))
+    parts = tuple(outliers) or None
+    return _product(x, make(codes, scale, zero, parts, (outputs, x.shape[-1]), bits, exact))
 
 
 @_op.register_fake
 def _(
-    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, indptr: torch.Tensor | None,
-    index: torch.Tensor | None, value: torch.Tensor | None, outputs: int, bits: int, exact: bool,
+    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, outliers: list[torch.Tensor],
+    outputs: int, bits: int, exact: bool,
 ) -> torch.Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], outputs)

@@ -81,6 +81,7 @@ template <class Math> void product(const Factors& w, const Call& c, const Plan& 
   } else if (w.rank) {
     const X* x = reinterpret_cast<const X*>(inner);
     plain<Math>(static_cast<const char*>(w.A), w.rank, w.padded, x, w.padded, count, c.threads, [&](int64_t m, int64_t n, const float* four) {
+      if (type == c.type && !w.silu && !w.scaled) return store_four(joined, m * w.joined + n, type, four, w.rank - n);
       for (int64_t r = 0; r < 4 && n + r < w.rank; r++) store_one(joined, m * w.joined + n + r, type, passed(w, four[r], c.type));
     });
   }
@@ -91,7 +92,7 @@ template <class Math> void product(const Factors& w, const Call& c, const Plan& 
   }
   const X* x = reinterpret_cast<const X*>(joined);
   plain<Math>(static_cast<const char*>(w.U), w.N, w.joined, x, w.joined, count, c.threads, [&](int64_t m, int64_t n, const float* four) {
-    for (int64_t r = 0; r < 4 && n + r < w.N; r++) store_one(c.y, m * w.N + n + r, c.type, four[r]);
+    store_four(c.y, m * w.N + n, c.type, four, w.N - n);
   });
 }
 

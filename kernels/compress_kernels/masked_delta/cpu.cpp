@@ -179,7 +179,7 @@ CC_INLINE void step(const Place& p, const Inputs& in, int64_t k, uint32_t inside
     one[r] = whole ? load_i(p.shared[r] + k) : _mm512_maskz_loadu_epi16(inside, p.shared[r] + k);
     zero[r] = and_i(_mm512_xor_si512(one[r], sign), kept);
     if (with_base) base[r] = whole ? load_i(p.base[r] + k) : _mm512_maskz_loadu_epi16(inside, p.base[r] + k);
-    if (whole && with_base && MR <= 2) {
+    if (whole && with_base) {
       __builtin_prefetch(reinterpret_cast<const char*>(p.base[r] + k) + p.ahead);
       __builtin_prefetch(reinterpret_cast<const char*>(p.shared[r] + k) + p.ahead);
     }

@@ -44,6 +44,7 @@ class IntGrouped(ctypes.Structure):
         ("K", _i64), ("N", _i64), ("group", _i64), ("sub", _i64),
         ("bits", _i32), ("scale_type", _i32), ("exact", _i32), ("value_type", _i32),
         ("codes", _p), ("scale", _p), ("zero", _p), ("indptr", _p), ("index", _p), ("value", _p),
+        ("step", _p), ("step_index", _p), ("step_value", _p), ("step_short", _i64),
     )  # fmt: skip
 
 

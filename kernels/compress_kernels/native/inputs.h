@@ -24,7 +24,7 @@ struct Inputs {  // of all rows of x; in the workspace
   float* scale;  // [M][K/sub], exact: unused
   float* sum;    // [M][K/group]; what a zero point is multiplied with
   void* x;       // [block][K/4][rows of the block][4] int8, or bf16 in the order 0, 2, 1, 3; fp32: [M][K]
-  float* turned; // [ceil(M/16)][K][16], for outliers; null where there is no space for it
+  float* turned; // [ceil(M/16)][K][16], for outliers in steps; of one row [K]
 };
 
 struct Block {  // of rows of x
@@ -110,11 +110,45 @@ void widen_row(const IntGrouped& w, const Call& c, int64_t m, const Inputs& in, 
   }
 }
 
+void transpose(const float (*in)[16], float* out) {  // 16 x 16
+#if CC_ISA >= 2
+  F a[16], b[16];
+  for (int i = 0; i < 8; i++) {
+    const F x = load_f(in[2 * i]), y = load_f(in[2 * i + 1]);
+    a[2 * i] = _mm512_unpacklo_ps(x, y), a[2 * i + 1] = _mm512_unpackhi_ps(x, y);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      const __m512d x = _mm512_castps_pd(a[i + j]), y = _mm512_castps_pd(a[i + j + 2]);
+      b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+    }
+  for (int i = 0; i < 4; i++) {  // b[i], b[4 + i], ... have column i of each 128 bits for four rows
+    const F low = _mm512_shuffle_f32x4(b[i], b[4 + i], 0x88), high = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0x88);
+    const F low2 = _mm512_shuffle_f32x4(b[i], b[4 + i], 0xdd), high2 = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0xdd);
+    store_f(out + 16 * i, _mm512_shuffle_f32x4(low, high, 0x88)), store_f(out + 16 * (8 + i), _mm512_shuffle_f32x4(low, high, 0xdd));
+    store_f(out + 16 * (4 + i), _mm512_shuffle_f32x4(low2, high2, 0x88)), store_f(out + 16 * (12 + i), _mm512_shuffle_f32x4(low2, high2, 0xdd));
+  }
+#else
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 16; j++) out[16 * j + i] = in[i][j];
+#endif
+}
+
 // 16 rows of x, columns first; rows beyond the last one are 0
 void turn(const IntGrouped& w, const Call& c, int64_t block, float* out) {
   const int64_t first = block * 16, rows = c.M - first < 16 ? c.M - first : 16;
-  for (int64_t k = 0; k < w.K; k++)
-    for (int64_t i = 0; i < 16; i++) out[k * 16 + i] = i < rows ? load_one(c.x, (first + i) * c.stride + k, c.type) : 0.0f;
+  alignas(64) float here[16][16];
+  __builtin_memset(here, 0, sizeof here);
+  for (int64_t k = 0; k < w.K; k += 16) {
+    const int64_t count = w.K - k < 16 ? w.K - k : 16;
+    for (int64_t i = 0; i < rows; i++) widen(c.x, (first + i) * c.stride + k, c.type, count, here[i]);
+    if (count == 16) {
+      transpose(here, out + k * 16);
+      continue;
+    }
+    for (int64_t j = 0; j < count; j++)
+      for (int64_t i = 0; i < 16; i++) out[(k + j) * 16 + i] = here[i][j];
+  }
 }
 
 }  // namespace

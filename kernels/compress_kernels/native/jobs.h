@@ -12,9 +12,13 @@ struct IntGrouped {
   const uint8_t* codes;   // [N/16][K/chunk][units][16 rows][4 bytes], see int_grouped/cpu.cpp
   const void* scale;      // [N/16][K/group][16]
   const uint8_t* zero;    // the same, or null where the zero point is 2^(bits-1)
-  const int64_t* indptr;  // [N+1] outliers of each row, or null
+  const int64_t* indptr;  // [N+1] outliers of each row, or null; of value_type
   const int32_t* index;   // their columns
   const void* value;
+  const int64_t* step;        // [N/16+1] or null: more outliers, a step having one for each of a tile's 16 rows, of value 0 where a row has none
+  const void* step_index;     // [steps][16] their columns, of 16 bits where step_short, else of 32
+  const void* step_value;
+  int64_t step_short;
 };
 
 struct Masked {

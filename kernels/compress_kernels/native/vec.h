@@ -86,6 +86,7 @@ constexpr int LANES = 16;
 typedef __m512i I;
 typedef __m512 F;
 inline I load_i(const void* p) { return _mm512_loadu_si512(p); }
+inline void store_i(void* p, I a) { _mm512_storeu_si512(p, a); }
 inline I set_i(int32_t v) { return _mm512_set1_epi32(v); }
 inline I and_i(I a, I b) { return _mm512_and_si512(a, b); }
 inline I or_i(I a, I b) { return _mm512_or_si512(a, b); }
@@ -104,6 +105,7 @@ inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }    // a b + c
 inline F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
 inline float sum(F a) { return _mm512_reduce_add_ps(a); }
 inline I widen_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+inline I widen_u16(const uint16_t* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
 inline void store_i8(int8_t* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a)); }
 inline I max_i(I a, I b) { return _mm512_max_epi32(a, b); }
 inline I sub_i(I a, I b) { return _mm512_sub_epi32(a, b); }
@@ -146,6 +148,7 @@ constexpr int LANES = 8;
 typedef __m256i I;
 typedef __m256 F;
 inline I load_i(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+inline void store_i(void* p, I a) { _mm256_storeu_si256((__m256i*)p, a); }
 inline I set_i(int32_t v) { return _mm256_set1_epi32(v); }
 inline I and_i(I a, I b) { return _mm256_and_si256(a, b); }
 inline I or_i(I a, I b) { return _mm256_or_si256(a, b); }
@@ -174,6 +177,7 @@ inline float sum(F a) {
   return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
 }
 inline I widen_u8(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+inline I widen_u16(const uint16_t* p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
 inline void store_i8(int8_t* p, I a) {
   const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
   _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(words, words));
@@ -241,6 +245,7 @@ struct I { int32_t v[LANES]; };
 struct F { float v[LANES]; };
 #define CC_EACH for (int i = 0; i < LANES; i++)
 inline I load_i(const void* p) { I a; __builtin_memcpy(&a, p, sizeof a); return a; }
+inline void store_i(void* p, I a) { __builtin_memcpy(p, &a, sizeof a); }
 inline I set_i(int32_t x) { I a; CC_EACH a.v[i] = x; return a; }
 inline I and_i(I a, I b) { CC_EACH a.v[i] &= b.v[i]; return a; }
 inline I or_i(I a, I b) { CC_EACH a.v[i] |= b.v[i]; return a; }
@@ -262,6 +267,7 @@ inline F fma(F a, F b, F c) { CC_EACH c.v[i] += a.v[i] * b.v[i]; return c; }
 inline F fnma(F a, F b, F c) { CC_EACH c.v[i] -= a.v[i] * b.v[i]; return c; }
 inline float sum(F a) { float s = 0; CC_EACH s += a.v[i]; return s; }
 inline I widen_u8(const uint8_t* p) { I a; CC_EACH a.v[i] = p[i]; return a; }
+inline I widen_u16(const uint16_t* p) { I a; CC_EACH a.v[i] = p[i]; return a; }
 inline void store_i8(int8_t* p, I a) { CC_EACH p[i] = int8_t(a.v[i]); }
 inline I max_i(I a, I b) { CC_EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
 inline I sub_i(I a, I b) { CC_EACH a.v[i] -= b.v[i]; return a; }
@@ -279,6 +285,26 @@ inline F choose(uint32_t mask, F zero, F one) { CC_EACH if (mask >> i & 1) zero.
 inline void sums4(F a, F b, F c, F d, float* out) { out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d); }
 
 #endif
+
+// `count` of four numbers, at p + at
+inline void store_four(void* p, int64_t at, int type, const float* four, int64_t count) {
+#if CC_ISA > 0
+  if (count >= 4 && type != F32) {
+    const __m128 f = _mm_loadu_ps(four);
+    __m128i out;
+    if (type == F16) {
+      out = _mm_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    } else {
+      const __m128i bits = _mm_castps_si128(f), odd = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
+      out = _mm_srli_epi32(_mm_add_epi32(_mm_add_epi32(bits, _mm_set1_epi32(0x7fff)), odd), 16);
+      out = _mm_packus_epi32(out, out);
+    }
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(p) + at), out);
+    return;
+  }
+#endif
+  for (int64_t r = 0; r < 4 && r < count; r++) store_one(p, at + r, type, four[r]);
+}
 
 inline constexpr int bytes_of(int type) { return type == F32 ? 4 : 2; }
 
