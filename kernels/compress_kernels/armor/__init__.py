@@ -14,6 +14,7 @@ import torch
 
 from compress_kernels import _sparse
 from compress_kernels.armor import cpu, reference
+from compress_kernels.native import masked
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def prepare(
 def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., I) times Wᵀ plus bias -> (..., O) in x's dtype."""
     p = prepared
-    if p.native is not None and x.numel() <= cpu.ROWS_OF_X * x.shape[-1]:
+    if p.native is not None and masked.few(x):
         y = cpu.linear(x, p.native)
         return y if bias is None else y + bias
     y = reference.CORES[p.kind].linear(reference.blocks(x, p.pre), p.core)

@@ -11,8 +11,6 @@ import torch
 from compress_kernels import native
 from compress_kernels.native import masked
 
-ROWS_OF_X = masked.ROWS_OF_X
-
 
 @dataclass(frozen=True)
 class Weight:

@@ -14,8 +14,10 @@ import torch
 from compress_kernels import bits as bitpack
 from compress_kernels import native
 
-ROWS_OF_X = 96  # from more rows on, expanding tiles for the BLAS is faster
-TILE = 1 << 20  # weights that are expanded together
+ROWS_OF_X = 96  # from more rows on, expanding tiles for the BLAS is faster,
+NEAR = ROWS_OF_X << 12  # and from more numbers of x on, which fill the cache
+TILE = 1 << 20  # weights that are expanded together,
+LEAST = 256  # and rows of them at least: the BLAS is slow with fewer
 STEP = 32  # columns that a row of the mask is filled up to, and values beyond the last
 
 
@@ -102,12 +104,17 @@ def linear(x: torch.Tensor, w: Weight, bias: torch.Tensor | None = None) -> torc
     return y if bias is None else y + bias
 
 
+def few(x: torch.Tensor) -> bool:
+    """Whether x (..., I) has so few rows that the library multiplies them itself."""
+    return x.numel() <= min(ROWS_OF_X * x.shape[-1], NEAR)
+
+
 def _product(x: torch.Tensor, w: Weight) -> torch.Tensor:
     O, I = w.shape
-    if x.numel() <= ROWS_OF_X * I:
+    if few(x):
         return native.product("cc_masked", w.job, x, I, O, lambda M: 4 * M * (-(-I // 16) * 16))
     flat = x.reshape(-1, I)
-    rows = max(1, min(O, TILE // I))
+    rows = min(O, max(LEAST, TILE // I))
     scratch, out = x.new_empty(rows, I), x.new_empty(len(flat), O)
     for first in range(0, O, rows):
         W = scratch[: min(rows, O - first)]
