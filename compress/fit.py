@@ -62,7 +62,8 @@ def quantize(
 
     `options` are those of `job.Asked` and the method's own (`bits`, `group_size`, …). `layer_config` gives linears widths of
     their own ("re:.*down_proj=8"); `target_bpw` chooses those of the others from 2, 3, 4 and 8 bits, so that all linears take at
-    most so many bits per weight and the measured loss is least; `keep_zeros` treats a dense checkpoint's zeros as a pruned one's.
+    most so many bits per weight and the measured loss is least; `lm_head_bits` (8 or 4) rounds embedding and head; `keep_zeros`
+    treats a dense checkpoint's zeros as a pruned one's.
     An unfinished run of the same job is continued unless `resume=False`; the artifact appears under `out` by one rename, when it
     is whole.
     """
@@ -87,7 +88,10 @@ def prune(
         if getattr(first, name):
             raise CompressError(f"{name} is not an option of prune", hint="compress.quantize has it", usage=True)
     if then_bits is None:
+        if first.lm_head_bits is not None:
+            raise CompressError("--lm-head-bits goes with --then-bits here", hint="add --then-bits 4", usage=True)
         return _compress(model, method, out, "prune", first)
+    first = dataclasses.replace(first, lm_head_bits=None)
     ready, second = _prepare(model, method, "prune", first), _second(common, then_bits, then_group_size)
     then = _second_job(model, then_method, second, ready.job)
     calib = _calibrate(then, dataset, second) if then.needs_text else None
@@ -219,7 +223,8 @@ def _holds_both(out: Path, pruned: str, then: Job, facts: dict[str, Any], replac
 def _mark(job: Job, facts: dict[str, Any]) -> str:
     """The job's fingerprint: everything that decides the bytes."""
     settings = {"format": job.format, "batch": job.batch_size, "device": job.device.split(":")[0], "ignore": list(job.ignore)}
-    return fingerprint({**facts, **settings, "shard": job.max_shard})
+    head = {} if job.head is None else {"lm_head": list(job.head)}
+    return fingerprint({**facts, **settings, "shard": job.max_shard, **head})
 
 
 class _Run:
@@ -289,7 +294,8 @@ def _finish(job: Job, work: WorkDir, facts: dict[str, Any]) -> None:
     artifact.write_companions(
         job.folder, work.artifact, job.layout, job.skeleton, job.method_name, job.name, job.view.untied
     )  # fmt: skip
-    artifact.write_manifest(work.artifact, {**facts, "linears": work.state["linears"], "search": work.state["search"]})
+    heads = {"heads": work.state["heads"]} if work.state["heads"] else {}
+    artifact.write_manifest(work.artifact, {**facts, "linears": work.state["linears"], **heads, "search": work.state["search"]})
 
 
 def dry_run(model: str | Path, method: str, *, verb: str = "quantize", **options: Any) -> Estimate:
@@ -298,7 +304,7 @@ def dry_run(model: str | Path, method: str, *, verb: str = "quantize", **options
     if verb == "prune":  # a factorization quantizes in the same step: its own options
         then_bits = options.pop("then_bits", None)
         then_method, then_group_size = options.pop("then_method", then_method), options.pop("then_group_size", then_group_size)
-    ask = _ask(options)
+    ask = _ask(options if then_bits is None else options | {"lm_head_bits": None})  # the quantization's
     job = prepare(model, method, verb, ask)
     first = _estimate(job, ask)
     if then_bits is None:

@@ -29,7 +29,7 @@ def read(folder: Path) -> dict[str, Any] | None:
         why = getattr(registry.by_kind(entry["kind"]), "without_weight", lambda params: None)(entry["params"])
         if why is not None:
             raise CompressError(f"{folder}: {name} stands for no dense weight: {why}", hint="start from a dense checkpoint")
-    narrow = any("bits" in entry["params"] and entry["kind"] != "dense" for entry in known["linears"].values())
+    narrow = any("bits" in entry["params"] and entry["kind"] != "dense" for entry in manifest.stored(known).values())
     return None if narrow else known
 
 

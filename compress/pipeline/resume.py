@@ -63,7 +63,7 @@ class WorkDir:
                 self.artifact.mkdir()
             write_json(path / "job.json", {"job": job, "replace": restart})
         self.state: dict[str, Any] = read_json(path / "progress.json") if (path / "progress.json").exists() else {}
-        self.state = {"done": 0, "linears": {}, "search": [], **self.state}
+        self.state = {"done": 0, "linears": {}, "heads": {}, "search": [], **self.state}
 
     def _clear(self) -> None:
         for name in ("job.json", "progress.json", "report.jsonl"):  # job.json first: without it nothing is resumed

@@ -26,6 +26,16 @@ class Prepared:
     pre: torch.Tensor  # (I/b, b, b): in the activations' dtype unless the path is "tiled", then as stored
     post: torch.Tensor  # (O/b, b, b)
 
+    @property
+    def reasons(self) -> Mapping[str, str]:
+        """Faster path of the core -> why it cannot run."""
+        return self.core.reasons
+
+    @property
+    def spare(self) -> bool:
+        """Whether the artifact's tensors need not stay in memory."""
+        return self.core.spare
+
 
 def prepare(
     tensors: Mapping[str, torch.Tensor],
