@@ -17,7 +17,8 @@ LEVELS = [
     {"models", "calibration"},
     {"modules", "methods"},
     {"pipeline", "loading", "switching", "tasklayers"},
-    {"audit", "generation", "fit", "job", "evaluation", "training", "timing", "bundling", "extracting", "merging", "bundle_audit"},
+    {"audit", "generation", "fit", "job", "running", "evaluation", "training", "timing", "bundling", "extracting", "merging"}
+    | {"bundle_audit"},
     {"cli"},
 ]
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
