@@ -17,7 +17,8 @@ LEVELS = [
     {"models", "calibration"},
     {"modules", "methods"},
     {"pipeline", "loading", "switching", "tasklayers"},
-    {"audit", "generation", "fit", "job", "evaluation", "training", "timing", "tuning", "bundling", "extracting", "merging"}
+    {"audit", "generation", "fit", "job", "running", "evaluation", "training", "timing", "tuning", "bundling"}
+    | {"extracting", "merging"}
     | {"bundle_audit"},
     {"cli"},
 ]
