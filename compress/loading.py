@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from compress import devices, registry
+from compress import decoding, devices, registry
 from compress.checkpoint import dtypes, manifest, source
 from compress.checkpoint.bundled import GUARD, is_bundle
 from compress.checkpoint.reader import CheckpointReader, read_json
@@ -67,7 +67,7 @@ def load(
     _load_compressed(model, reader, settings, torch.device("cpu" if device_map else device))
     model = model if device_map is None else _dispatch(model, device_map)
     prepare(model, bool(exact))
-    return _finish(model, folder, settings)
+    return _finish(decoding.attach(model), folder, settings)
 
 
 @contextmanager
@@ -394,7 +394,7 @@ def register() -> None:
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             prepare(model, exact=False)
-            return model
+            return decoding.attach(model)
 
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = Config
     auto.AUTO_QUANTIZER_MAPPING["compressed-tensors"] = Quantizer
