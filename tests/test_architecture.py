@@ -16,7 +16,7 @@ LEVELS = [
     {"registry", "formats", "checkpoint", "stats", "devices", "products"},
     {"models", "calibration"},
     {"modules", "methods"},
-    {"pipeline", "loading", "switching", "tasklayers"},
+    {"pipeline", "loading", "switching", "tasklayers", "decoding"},
     {"audit", "generation", "fit", "job", "running", "evaluation", "training", "timing", "tuning", "bundling"}
     | {"extracting", "merging"}
     | {"bundle_audit"},
@@ -24,7 +24,7 @@ LEVELS = [
 ]
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
 FOREIGN = {
-    "transformers": {"models", "loading", "switching", "evaluation", "calibration", "generation"},
+    "transformers": {"models", "loading", "decoding", "switching", "evaluation", "calibration", "generation"},
     "lm_eval": {"evaluation"},
     "datasets": {"calibration"},
     "accelerate": {"models", "loading"},
