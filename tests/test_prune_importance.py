@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EXAMPLE, Outcome, tree
+from conftest import CALIBRATION, EXAMPLE, VALID, Outcome, tree
 
 import compress
 from compress.checkpoint import manifest
@@ -117,6 +117,23 @@ def test_families(family: str, pico: Callable[..., Path], text: Path, tmp_path: 
     compress.prune(model, "sparsegpt", tmp_path / "out", dataset=text, **GRADIENT)
     assert verify(tmp_path / "out") == []
     assert verify_deep(tmp_path / "out", model) == []
+
+
+def test_quality_shares_out_over_the_model_where_a_share_is_asked() -> None:
+    best = sparsegpt.Config(quality=True)
+    assert (best.importance, best.scope, best.recover > 0, best.propagate) == ("gradient", "model", True, True)
+    assert sparsegpt.Config(quality=True, pattern="2:4").importance == "none"
+    assert sparsegpt.Config(quality=True, scope="row").importance == "none"
+
+
+def test_counts_by_the_loss_beat_equal_shares_on_a_real_model(tmp_path: Path) -> None:
+    """15.7 with equal shares, 14.3 by the loss on all windows; here few of them."""
+    found = []
+    for number, options in enumerate(({}, {"importance": "gradient", "scope": "model"})):
+        out = tmp_path / str(number)
+        compress.prune(EXAMPLE, "sparsegpt", out, dataset=CALIBRATION, nsamples=8, seqlen=128, sequential=False, **options)
+        found.append(compress.evaluate(out, text=VALID, windows=24, batch_size=8)["perplexity"].value)
+    assert found[1] < 0.97 * found[0]
 
 
 @pytest.mark.parametrize(
