@@ -82,13 +82,13 @@ class Decoding:
         )
         if first is None or positions is None:
             return None
-        logits = self.step(plan, ids, cache.layers, first, positions.reshape(-1).expand(B))
+        logits = self.step(plan, ids, cache.layers, first, positions.reshape(-1).expand(B).tolist())
         return None if logits is None else _output(logits.unsqueeze(1), cache)
 
-    def step(self, plan: Plan, ids: torch.Tensor, layers: list[Any], first: torch.Tensor, positions: torch.Tensor) -> Any:
+    def step(self, plan: Plan, ids: torch.Tensor, layers: list[Any], first: torch.Tensor, positions: list[int]) -> Any:
         """Logits (B, V) fp32 of the tokens ids (B, 1), whose keys and values are appended; None where the cache is not theirs.
 
-        `first` (B,) is the first place that a row attends to, `positions` (B,) are the tokens' in their texts.
+        `first` (B,) is the first place that a row attends to, `positions` are the tokens' in their texts.
         """
         slot, B = layers[0].length, len(ids)
         if slot == layers[0].capacity:
@@ -104,7 +104,7 @@ class Decoding:
             return None
         cos, sin = plan.rope.at(positions)
         x = self.model.model.embed_tokens(ids).view(B, -1)
-        y = plan.decoder.step(x, self._held[1], layers[0].capacity, slot, first, cos.data_ptr(), sin.data_ptr())
+        y = plan.decoder.step(x, self._held[1], layers[0].capacity, slot, first, cos, sin)
         for layer in layers:
             layer.length += 1
         return y

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import starmap
-from operator import getitem, is_
+from collections.abc import Sequence
+from itertools import repeat, starmap
+from operator import attrgetter, contains, getitem, is_
 from typing import Any
 
 import torch
@@ -70,15 +71,24 @@ class Rope:
         self.scaling = float(module.attention_scaling)
         if 2 * self.frequencies.numel() != head_dim:
             raise Unfit(f"its rotary embedding turns {2 * self.frequencies.numel()} of {head_dim} elements")
-        self.cos = self.sin = torch.empty(0, head_dim // 2)
+        self._size = head_dim // 2
+        self._grow(512)
 
-    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines (B, head_dim/2) of positions (B,) int64."""
-        last = int(positions.max())
+    def _grow(self, length: int) -> None:
+        angles = torch.arange(length).float()[:, None] * self.frequencies.float()
+        self.cos, self.sin = angles.cos() * self.scaling, angles.sin() * self.scaling
+        self._addresses = self.cos.data_ptr(), self.sin.data_ptr()
+
+    def at(self, positions: Sequence[int]) -> tuple[int, int]:
+        """Where cosines and sines (B, head_dim/2) of so many positions lie, until the next call."""
+        last = max(positions)
         if last >= len(self.cos):
-            angles = torch.arange(max(512, 2 * last + 1)).float()[:, None] * self.frequencies.float()
-            self.cos, self.sin = angles.cos() * self.scaling, angles.sin() * self.scaling
-        return self.cos[positions], self.sin[positions]
+            self._grow(2 * last)
+        if len(positions) == 1:
+            offset = 4 * self._size * last
+            return self._addresses[0] + offset, self._addresses[1] + offset
+        self._rows = self.cos[list(positions)], self.sin[list(positions)]
+        return self._rows[0].data_ptr(), self._rows[1].data_ptr()
 
 
 class Plan:
@@ -141,13 +151,13 @@ class Plan:
         """Whether nothing that the decoder stands for was replaced, moved or prepared again since."""
         return (
             all(map(is_, starmap(getitem, self._places), self._found))
-            and all(map(is_, (m.prepared for m in self._linears), self._prepared))
-            and [t.data_ptr() for t in self._tensors] == self._addresses
+            and all(map(is_, map(attrgetter("prepared"), self._linears), self._prepared))
+            and list(map(torch.Tensor.data_ptr, self._tensors)) == self._addresses
         )
 
     def interrupted(self) -> str | None:
         """Why the model's own forward must run although the decoder could."""
-        if any("forward" in own for own in self._instances) or (any(self._hooks) and any(map(_acts, self._hooks))):
+        if any(map(contains, self._instances, repeat("forward"))) or (any(self._hooks) and any(map(_acts, self._hooks))):
             return "modules have hooks"
         if self._config.output_hidden_states or self._config.output_attentions:
             return "its config asks for hidden states or attentions"
