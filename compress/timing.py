@@ -22,7 +22,7 @@ import torch
 
 from compress import registry
 from compress.errors import CompressError, nearest
-from compress.modules import CompressedLinear
+from compress.modules import CompressedLinear, CompressedWeight
 from compress.types import Packed
 
 COLD = 192 << 20  # bytes that the copies of one weight take together
@@ -361,9 +361,10 @@ def _held(network: torch.nn.Module) -> int:
             for name in value.__dataclass_fields__:
                 note(getattr(value, name))
 
-    for tensor in [*network.parameters(), *network.buffers()]:
-        note(tensor)
     for module in network.modules():
+        buffers = module.held() if isinstance(module, CompressedWeight) else module.buffers(recurse=False)
+        for tensor in (*module.parameters(recurse=False), *buffers):
+            note(tensor)
         note(getattr(module, "prepared", None))
     return sum(seen.values())
 

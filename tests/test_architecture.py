@@ -17,7 +17,9 @@ LEVELS = [
     {"models", "calibration"},
     {"modules", "methods"},
     {"pipeline", "loading", "switching", "tasklayers", "decoding"},
-    {"audit", "generation", "fit", "job", "evaluation", "training", "timing", "bundling", "extracting", "merging", "bundle_audit"},
+    {"audit", "generation", "fit", "job", "running", "evaluation", "training", "timing", "tuning", "bundling"}
+    | {"extracting", "merging"}
+    | {"bundle_audit"},
     {"cli"},
 ]
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}

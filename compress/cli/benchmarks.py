@@ -1,4 +1,4 @@
-"""`compress bench kernels` and `compress bench model`."""
+"""`compress bench kernels`, `compress bench model` and `compress bench tune`."""
 
 from __future__ import annotations
 
@@ -87,6 +87,36 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes[0][-1].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
+
+
+@bench.command("tune")
+def bench_tune(
+    kinds: Annotated[str, typer.Option(help="Kinds of weights, separated by commas; default all.")] = "",
+    seconds: Annotated[float, typer.Option(help="About how long the paths of a case are timed.")] = 1.0,
+    threads: Annotated[int | None, typer.Option(help="Threads that the table is for; default torch's.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure which kernel path is the fastest here, and keep it: models that are loaded later take it."""
+    import dataclasses
+
+    import torch
+
+    from compress import log, tuning
+
+    log.configure(debug)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    cases = []
+    for case in tuning.tune(_split(kinds), seconds=seconds):
+        cases.append(case)
+        if as_json:
+            print(json.dumps(dataclasses.asdict(case)), flush=True)
+        else:
+            times = ", ".join(f"{path} {' and '.join(f'{t:.3f}' for t in ms)}" for path, ms in case.ms.items())
+            print(f"{case.key:40s} {case.best:9s} ms with 1 and 16 tokens: {times}", flush=True)
+    if cases:
+        print(f"kept in {tuning.keep(cases)}", file=sys.stderr)
 
 
 @bench.command("model")

@@ -11,7 +11,7 @@ import torch
 from compress_kernels import block as kernel
 from torch import nn
 
-from compress.modules import CompressedLinear
+from compress.modules import CompressedLinear, TiedLinear
 
 CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not change with the length of the text
@@ -39,7 +39,7 @@ def _check(model: Any) -> None:
 def _linear(name: str, module: nn.Module, dtype: torch.dtype) -> kernel.Linear:
     if type(module) is nn.Linear:
         return kernel.Linear(module.weight.detach(), None if module.bias is None else module.bias.detach(), dtype)
-    if type(module) is not CompressedLinear:
+    if type(module) not in (CompressedLinear, TiedLinear):
         raise Unfit(f"{name} is a {type(module).__name__}")
     found = kernel.lower(module.prepared, module.bias, dtype) if module.prepared is not None else "it is offloaded"
     if isinstance(found, str):
