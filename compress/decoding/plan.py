@@ -16,6 +16,8 @@ from compress.modules import CompressedLinear, TiedLinear
 CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not change with the length of the text
 
+_TABLE = 1 << 17  # positions that are kept
+
 
 class Unfit(Exception):
     """Why a model cannot decode natively."""
@@ -61,7 +63,7 @@ def _acts(hooks: Any) -> bool:
 
 
 class Rope:
-    """Cosines and sines (positions, head_dim/2) in fp32, of the model's own frequencies; they grow as they are asked for."""
+    """Cosines and sines (positions, head_dim/2) in fp32, of the model's own frequencies; a table that grows as it is asked for."""
 
     def __init__(self, module: Any, head_dim: int) -> None:
         kind = getattr(module, "rope_type", None)
@@ -74,20 +76,23 @@ class Rope:
         self._size = head_dim // 2
         self._grow(512)
 
+    def _turned(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = positions.float()[:, None] * self.frequencies.float()
+        return angles.cos() * self.scaling, angles.sin() * self.scaling
+
     def _grow(self, length: int) -> None:
-        angles = torch.arange(length).float()[:, None] * self.frequencies.float()
-        self.cos, self.sin = angles.cos() * self.scaling, angles.sin() * self.scaling
+        self.cos, self.sin = self._turned(torch.arange(length))
         self._addresses = self.cos.data_ptr(), self.sin.data_ptr()
 
     def at(self, positions: Sequence[int]) -> tuple[int, int]:
         """Where cosines and sines (B, head_dim/2) of so many positions lie, until the next call."""
         last = max(positions)
-        if last >= len(self.cos):
-            self._grow(2 * last)
-        if len(positions) == 1:
+        if len(self.cos) <= last < _TABLE:
+            self._grow(min(2 * last, _TABLE))
+        if len(positions) == 1 and last < _TABLE:
             offset = 4 * self._size * last
             return self._addresses[0] + offset, self._addresses[1] + offset
-        self._rows = self.cos[list(positions)], self.sin[list(positions)]
+        self._rows = self._turned(torch.tensor(positions))
         return self._rows[0].data_ptr(), self._rows[1].data_ptr()
 
 
