@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import fields
 from operator import is_
@@ -33,6 +34,7 @@ class Decoding:
         self.enabled = True
         self._plan: Plan | str | None = None  # made at the first step; a reason where it cannot be
         self._device = ""
+        self._lock = threading.Lock()  # the decoder has one workspace
         self._held: tuple[list[Any], Any] | None = None  # the cache's buffers, and their addresses for the kernel
 
     @property
@@ -77,42 +79,39 @@ class Decoding:
             return None
         first = _first(kwargs.get("attention_mask"), B, past + 1)
         positions = kwargs.get("position_ids")
-        positions = (
-            torch.full((B,), past) if positions is None else positions.reshape(-1).expand(B) if positions.dim() == 2 else None
-        )
-        if first is None or positions is None:
+        rows = [past] * B if positions is None else _positions(positions, B)
+        if first is None or rows is None:
             return None
-        logits = self.step(plan, ids, cache.layers, first, positions.reshape(-1).expand(B))
+        logits = self.step(plan, ids, cache.layers, first, rows)
         return None if logits is None else _output(logits.unsqueeze(1), cache)
 
-    def step(self, plan: Plan, ids: torch.Tensor, layers: list[Any], first: torch.Tensor, positions: torch.Tensor) -> Any:
+    def step(self, plan: Plan, ids: torch.Tensor, layers: list[Any], first: torch.Tensor, positions: list[int]) -> Any:
         """Logits (B, V) fp32 of the tokens ids (B, 1), whose keys and values are appended; None where the cache is not theirs.
 
-        `first` (B,) is the first place that a row attends to, `positions` (B,) are the tokens' in their texts.
+        `first` (B,) is the first place that a row attends to, `positions` are the tokens' in their texts.
         """
         slot, B = layers[0].length, len(ids)
-        if slot == layers[0].capacity:
-            for layer in layers:
-                layer.make_room(1)
-        buffers = [layer.buffer for layer in layers]
-        if self._held is None or len(self._held[0]) != len(buffers) or not all(map(is_, buffers, self._held[0])):
-            like = {(b.shape, b.dtype, b.is_contiguous()) for b in buffers}
-            if len(like) > 1 or buffers[0].shape[1] != B or buffers[0].dtype != plan.dtype or not buffers[0].is_contiguous():
-                return None
-            self._held = buffers, kernel.pointers(buffers)
         if any(layer.length != slot for layer in layers):
             return None
-        cos, sin = plan.rope.at(positions)
-        x = self.model.model.embed_tokens(ids).view(B, -1)
-        y = plan.decoder.step(x, self._held[1], layers[0].capacity, slot, first, cos.data_ptr(), sin.data_ptr())
-        for layer in layers:
-            layer.length += 1
+        with self._lock:
+            if slot == layers[0].capacity:
+                for layer in layers:
+                    layer.make_room(1)
+            buffers = [layer.buffer for layer in layers]
+            if self._held is None or len(self._held[0]) != len(buffers) or not all(map(is_, buffers, self._held[0])):
+                like = {(b.shape, b.dtype, b.is_contiguous()) for b in buffers}
+                if len(like) > 1 or buffers[0].shape[1] != B or buffers[0].dtype != plan.dtype or not buffers[0].is_contiguous():
+                    return None
+                self._held = buffers, kernel.pointers(buffers)
+            cos, sin = plan.rope.at(positions)
+            x = self.model.model.embed_tokens(ids).view(B, -1)
+            y = plan.decoder.step(x, self._held[1], layers[0].capacity, slot, first, cos, sin)
+            for layer in layers:
+                layer.length += 1
         return y
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Decoding:
-        import copy
-
-        return Decoding(copy.deepcopy(self.model, memo))
+    def __reduce__(self) -> Any:
+        return Decoding, (self.model,)
 
 
 def _state(model: Any) -> str:
@@ -134,6 +133,14 @@ def _first(mask: Any, B: int, length: int) -> torch.Tensor | None:
     count = (mask != 0).sum(1)
     first = length - count
     return first if B and torch.equal(mask.ne(0).to(torch.int8).argmax(1), first) and bool((count > 0).all()) else None
+
+
+def _positions(ids: Any, B: int) -> list[int] | None:
+    """Positions of B rows from (B, 1) or (1, 1) ids; None where they are others."""
+    if ids.dim() != 2 or ids.shape[1] != 1 or ids.shape[0] not in (1, B):
+        return None
+    rows: list[int] = ids.expand(B, 1).flatten().tolist()
+    return rows if min(rows) >= 0 else None
 
 
 @functools.cache

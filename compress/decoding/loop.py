@@ -51,14 +51,13 @@ def tokens(
     adopt(cache, plan.blocks)
     logits = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{cache_name(): cache}).logits[:, -1].float()
     first = torch.zeros(1, dtype=torch.int64)
-    position = torch.tensor([ids.shape[1]])
     for n in range(count):
         token = choose(logits)
-        yield int(token)
-        if n + 1 == count or int(token) in stop:
+        value = int(token)
+        yield value
+        if n + 1 == count or value in stop:
             return
-        logits = decoding.step(plan, token.view(1, 1), cache.layers, first, position)
-        position += 1
+        logits = decoding.step(plan, token.view(1, 1), cache.layers, first, [ids.shape[1] + n])
 
 
 def _greedy(logits: torch.Tensor) -> torch.Tensor:

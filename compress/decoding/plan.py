@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import starmap
-from operator import getitem, is_
+from collections.abc import Sequence
+from itertools import repeat, starmap
+from operator import attrgetter, contains, getitem, is_
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from compress.modules import CompressedLinear, TiedLinear
 
 CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not change with the length of the text
+
+_TABLE = 1 << 17  # positions that are kept
 
 
 class Unfit(Exception):
@@ -60,7 +63,7 @@ def _acts(hooks: Any) -> bool:
 
 
 class Rope:
-    """Cosines and sines (positions, head_dim/2) in fp32, of the model's own frequencies; they grow as they are asked for."""
+    """Cosines and sines (positions, head_dim/2) in fp32, of the model's own frequencies; a table that grows as it is asked for."""
 
     def __init__(self, module: Any, head_dim: int) -> None:
         kind = getattr(module, "rope_type", None)
@@ -70,15 +73,27 @@ class Rope:
         self.scaling = float(module.attention_scaling)
         if 2 * self.frequencies.numel() != head_dim:
             raise Unfit(f"its rotary embedding turns {2 * self.frequencies.numel()} of {head_dim} elements")
-        self.cos = self.sin = torch.empty(0, head_dim // 2)
+        self._size = head_dim // 2
+        self._grow(512)
 
-    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines (B, head_dim/2) of positions (B,) int64."""
-        last = int(positions.max())
-        if last >= len(self.cos):
-            angles = torch.arange(max(512, 2 * last + 1)).float()[:, None] * self.frequencies.float()
-            self.cos, self.sin = angles.cos() * self.scaling, angles.sin() * self.scaling
-        return self.cos[positions], self.sin[positions]
+    def _turned(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = positions.float()[:, None] * self.frequencies.float()
+        return angles.cos() * self.scaling, angles.sin() * self.scaling
+
+    def _grow(self, length: int) -> None:
+        self.cos, self.sin = self._turned(torch.arange(length))
+        self._addresses = self.cos.data_ptr(), self.sin.data_ptr()
+
+    def at(self, positions: Sequence[int]) -> tuple[int, int]:
+        """Where cosines and sines (B, head_dim/2) of so many positions lie, until the next call."""
+        last = max(positions)
+        if len(self.cos) <= last < _TABLE:
+            self._grow(min(2 * last, _TABLE))
+        if len(positions) == 1 and last < _TABLE:
+            offset = 4 * self._size * last
+            return self._addresses[0] + offset, self._addresses[1] + offset
+        self._rows = self._turned(torch.tensor(positions))
+        return self._rows[0].data_ptr(), self._rows[1].data_ptr()
 
 
 class Plan:
@@ -141,13 +156,13 @@ class Plan:
         """Whether nothing that the decoder stands for was replaced, moved or prepared again since."""
         return (
             all(map(is_, starmap(getitem, self._places), self._found))
-            and all(map(is_, (m.prepared for m in self._linears), self._prepared))
-            and [t.data_ptr() for t in self._tensors] == self._addresses
+            and all(map(is_, map(attrgetter("prepared"), self._linears), self._prepared))
+            and list(map(torch.Tensor.data_ptr, self._tensors)) == self._addresses
         )
 
     def interrupted(self) -> str | None:
         """Why the model's own forward must run although the decoder could."""
-        if any("forward" in own for own in self._instances) or (any(self._hooks) and any(map(_acts, self._hooks))):
+        if any(map(contains, self._instances, repeat("forward"))) or (any(self._hooks) and any(map(_acts, self._hooks))):
             return "modules have hooks"
         if self._config.output_hidden_states or self._config.output_attentions:
             return "its config asks for hidden states or attentions"

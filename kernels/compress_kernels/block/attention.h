@@ -26,6 +26,22 @@ inline F larger(F a, F b) {
 #endif
 }
 
+// the sums of four vectors
+inline void sums(const F* a, float* out) {
+#if CC_ISA >= 2
+  const F ab = add(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
+  const F cd = add(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
+  const F all = add(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#elif CC_ISA == 1
+  const F ab = _mm256_hadd_ps(a[0], a[1]), cd = _mm256_hadd_ps(a[2], a[3]), all = _mm256_hadd_ps(ab, cd);
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+#else
+  for (int i = 0; i < 4; i++) out[i] = sum(a[i]);
+#endif
+}
+
 // e^x to 2 units in the last place, x clamped to -86 .. 88; NaN stays NaN
 inline float exponential(float x) {
   x = x < -86.0f ? -86.0f : x;
@@ -69,15 +85,15 @@ void turn(const float* x, const void* weight, const Decoder& d, const float* cos
   }
 }
 
-// scores become their softmax, not yet divided by its sum, which is returned; there is room for LANES more
-float soften(float* scores, int64_t count) {
+// scores become the softmax of scale times them (scale > 0), not yet divided by its sum, which is returned; there is room for LANES more
+float soften(float* scores, int64_t count, float scale) {
   for (int64_t i = count; i < (count + LANES - 1) / LANES * LANES; i++) scores[i] = -__builtin_inff();
   F most = set_f(-__builtin_inff());
   for (int64_t i = 0; i < count; i += LANES) most = larger(load_f(scores + i), most);
   float lanes[LANES], top = -__builtin_inff();
   store_f(lanes, most);
   for (int i = 0; i < LANES; i++) top = lanes[i] > top ? lanes[i] : top;
-  for (int64_t i = 0; i < count; i++) scores[i] = exponential(scores[i] - top);
+  for (int64_t i = 0; i < count; i++) scores[i] = exponential((scores[i] - top) * scale);
   F total = set_f(0);
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES) total = add(total, load_f(scores + i));
@@ -112,18 +128,21 @@ struct Past {  // of one row of x and one head of keys and values
 // R heads that share keys and values: q [R][head_dim] -> out [R][head_dim]
 template <int type, int R> void attend(const Decoder& d, const Past& past, const float* q, float* scores, int64_t stride, float* out) {
   const int64_t head = d.head_dim, size = size_of(type), row = head * size;
-  for (int64_t s = 0; s <= past.count; s++) {
-    const char* key = s < past.count ? past.keys + s * row : past.key;
-    F acc[R];
-    for (int r = 0; r < R; r++) acc[r] = set_f(0);
-    for (int64_t i = 0; i < head; i += LANES) {
-      const F f = load_16<type>(key + i * size);
-      for (int r = 0; r < R; r++) acc[r] = fma(f, load_f(q + r * head + i), acc[r]);
-    }
-    for (int r = 0; r < R; r++) scores[r * stride + s] = sum(acc[r]) * d.scale;
+  for (int64_t s = 0; s <= past.count; s += 4) {  // four keys at once; beyond the last, the last again
+    const char* key[4];
+    for (int k = 0; k < 4; k++) key[k] = s + k < past.count ? past.keys + (s + k) * row : past.key;
+    F acc[R][4];
+    for (int r = 0; r < R; r++)
+      for (int k = 0; k < 4; k++) acc[r][k] = set_f(0);
+    for (int64_t i = 0; i < head; i += LANES)
+      for (int k = 0; k < 4; k++) {
+        const F f = load_16<type>(key[k] + i * size);
+        for (int r = 0; r < R; r++) acc[r][k] = fma(f, load_f(q + r * head + i), acc[r][k]);
+      }
+    for (int r = 0; r < R; r++) sums(acc[r], scores + r * stride + s);
   }
   float by[R];
-  for (int r = 0; r < R; r++) by[r] = 1.0f / soften(scores + r * stride, past.count + 1);
+  for (int r = 0; r < R; r++) by[r] = 1.0f / soften(scores + r * stride, past.count + 1, d.scale);
   for (int64_t i = 0; i < head;) {
     const int64_t left = (head - i) / LANES;
     const char *values = past.values + i * size, *last = past.value + i * size;

@@ -268,6 +268,7 @@ int unfit(const Linear& l, int64_t K, int64_t N) {
 int unfit(const Decoder& d) {
   if (d.blocks < 0 || d.D < 1 || d.inner < 1 || d.heads < 1 || d.kv_heads < 1 || d.heads % d.kv_heads) return CC_BAD_SHAPE;
   if (d.head_dim < 16 || d.head_dim > HEAD || d.head_dim % 16) return CC_BAD_SHAPE;
+  if (!(d.scale > 0)) return CC_BAD_SHAPE;
   if (d.norm_type < F32 || d.norm_type > F16 || d.cache_type < F32 || d.cache_type > F16) return CC_BAD_TYPE;
   const int64_t Q = d.heads * d.head_dim, KV = d.kv_heads * d.head_dim;
   int code = unfit(d.head, d.D, d.head.N);
