@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--symmetric", action="store_true")
     parser.add_argument("--mixed", action="store_true", help="GWQ and mixed widths")
     parser.add_argument("--heads", action="store_true", help="rounded embeddings and heads")
-    parser.add_argument("--only", help="names of jobs, separated by semicolons")
+    parser.add_argument("--only", help="names of jobs, the peer's too, separated by semicolons")
     parser.add_argument("--render", action="store_true", help="only write docs/quality.md from the results")
     args = parser.parse_args()
     if args.render:
@@ -106,7 +106,7 @@ def main() -> None:
             note(label, name, bits, False, what, lambda m=method, b=bits, o=options: measure(m, b, False, what, **o))
         return
     for bits in args.bits:
-        peers = ("llm-compressor gptq", "llm-compressor awq") if args.peer_python and not args.stories else ()
+        peers = ("llm-compressor gptq", "llm-compressor awq") if args.peer_python and not args.stories and not args.only else ()
         for name in (*wanted, *peers):
             if name in JOBS:
                 method, options = JOBS[name]

@@ -24,7 +24,7 @@ from compress.models.skeleton import Skeleton, load_config
 from compress.models.view import CheckpointView
 from compress.pipeline import layout
 from compress.pipeline.choices import WIDTH_SAMPLES, Choices, Widths, reducers
-from compress.types import Progress, Sparsity
+from compress.types import Progress, Schedule, Sparsity
 
 logger = logging.getLogger(__name__)
 _BATCH_TOKENS = 1024
@@ -111,6 +111,12 @@ class Job:
     def surveys(self) -> bool:
         """Whether the method walks over the blocks once before it compresses them."""
         return bool(self.method.surveys(self.config)) if hasattr(self.method, "surveys") else False
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """How the method trains while gradients are taken, if it does."""
+        found: Schedule | None = self.method.training(self.config) if hasattr(self.method, "training") else None
+        return found
 
     @property
     def samples(self) -> int:

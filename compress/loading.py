@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from compress import devices, registry
+from compress import decoding, devices, registry
 from compress.checkpoint import dtypes, manifest, source
 from compress.checkpoint.bundled import is_bundle
 from compress.checkpoint.mapped import Place
@@ -82,7 +82,7 @@ def load(
     if device_map is not None:
         model = _dispatch(model, device_map)
         prepare(model, bool(exact))
-    return _finish(model, folder, settings)
+    return _finish(decoding.attach(model), folder, settings)
 
 
 @contextmanager
@@ -370,7 +370,7 @@ def register() -> None:
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             prepare(model, exact=False)
-            return model
+            return decoding.attach(model)
 
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = Config
     auto.AUTO_QUANTIZER_MAPPING["compressed-tensors"] = Quantizer

@@ -183,7 +183,8 @@ def size(count: int) -> str:
 def _progress(p: Any) -> None:
     left = f"{p.left / 60:.1f} min left" if p.left >= 90 else f"{p.left:.0f} s left"
     what = p.what if p.error is None else f"error {p.error:.4f}  {p.bits:.2f} bits"
-    line = f"block {p.block + 1:3d}/{p.blocks}  {what}  {p.seconds:5.1f} s  {left}  rss {size(p.rss)}"
+    unit = "step" if p.what == "training" else "block"
+    line = f"{unit} {p.block + 1:3d}/{p.blocks}  {what}  {p.seconds:5.1f} s  {left}  rss {size(p.rss)}"
     print(line, file=sys.stderr, flush=True)
 
 

@@ -15,7 +15,7 @@ from compress import registry
 from compress.checkpoint import dtypes
 from compress.checkpoint.writer import Planned
 from compress.errors import CompressError, nearest
-from compress.formats import armor, int_grouped, sparse24_int
+from compress.formats import armor, bitmask, int_grouped, sparse24, sparse24_int
 from compress.models.skeleton import Skeleton
 from compress.models.view import CheckpointView
 from compress.types import Packed, Sparsity, Wrappers
@@ -25,6 +25,7 @@ Choices = Mapping[str, Mapping[str, Any]]  # full name of a linear -> format par
 QUANTIZED, SPARSE, FACTORS, AWQ, DENSE = "pack-quantized", "sparse", "factors", "awq", "dense"
 HEAD_BITS = (8, 4)
 HeadChoice = tuple[int, bool]  # bits of the head, and whether an untied embedding stays as it is
+EXACT = (sparse24.KIND, bitmask.KIND, armor.KIND)  # kinds that hold fp32 values, too, while they are on the way to dense weights
 # of a verb, its own first
 LAYOUTS = {"quantize": (QUANTIZED, AWQ, DENSE), "prune": (SPARSE, DENSE), "factorize": (FACTORS, DENSE)}
 
@@ -60,6 +61,8 @@ class Layout:
     def scale_dtype(self) -> torch.dtype:
         """The dtype that scales, or the values that stay, are stored in; all targets have one."""
         dtype = next(iter(self.targets.values())).dtype
+        if self.name == DENSE and self.packs in EXACT:
+            return dtypes.TORCH[dtype]
         module = registry.by_kind(self.packs)
         own: str = module.value_dtype(dtype) if hasattr(module, "value_dtype") else dtype
         return torch.float16 if self.name == AWQ else dtypes.TORCH[own]
