@@ -1,8 +1,8 @@
 """Which kernel path is the fastest for a kind of weight on this machine, measured, and kept for the loads to come.
 
-Paths of one case are timed in turns over cold copies of a weight, with 1 and with 16 rows of x. The shortest times count, since what
-else the machine does only adds. The usual path stays unless another one has a product of the two times that is a fifth below its own.
-`compress_kernels.dispatch` keeps the table and reads it when a weight is prepared.
+Paths of one case are timed in turns over cold copies of a weight, with 1 and with 16 rows of x. The shortest times count, since
+what else the machine does only adds. The usual path stays unless another one has a product of the two times that is a fifth below
+its own. `compress_kernels.dispatch` keeps the table and reads it when a weight is prepared.
 """
 
 from __future__ import annotations
