@@ -1,7 +1,7 @@
 """y = x Wᵀ + bias for weights of grouped integers: `prepare` once after loading, then `linear`.
 
-Paths: `cpu` (our C++ library with int8 activations; the default for 16-bit activations), `cpu-exact` (the same without; for fp32
-ones), `int4pack` (torch's CPU kernel: 4 bits, bf16, few tokens) and `tiled` (anything,
+Paths: `triton` (a GPU; 16-bit activations), `cpu` (our C++ library with int8 activations; the default for 16-bit activations),
+`cpu-exact` (the same without; for fp32 ones), `int4pack` (torch's CPU kernel: 4 bits, bf16, few tokens) and `tiled` (anything,
 anywhere); the first that can run is taken, or what COMPRESS_BACKEND says. `reference` defines what they compute.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from compress_kernels import backend
-from compress_kernels.int_grouped import cpu, cpu_int4, reference, tiled
+from compress_kernels.int_grouped import cpu, cpu_int4, reference, tiled, triton
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 class Prepared:
     """One weight, ready to run: the artifact's words, unpacked zero points, and what the chosen path needs."""
 
-    path: str  # "cpu", "cpu-exact", "int4pack" or "tiled"
+    path: str  # "triton", "cpu", "cpu-exact", "int4pack" or "tiled"
     bits: int
     group_size: int
     words: torch.Tensor  # (O, K) int32
@@ -33,6 +33,7 @@ class Prepared:
     zero: torch.Tensor | None  # (O, G) uint8; None where symmetric
     int4: tuple[torch.Tensor, torch.Tensor] | None = None
     native: cpu.Weight | None = None
+    gpu: triton.Weight | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)  # faster path -> why it cannot run
 
 
@@ -53,7 +54,13 @@ def prepare(
     if group_size == -1:
         group_size = shape[1]
     reasons: dict[str, str] = {}
-    chosen = backend("cpu", "cpu-exact", "int4pack", "tiled")
+    chosen = backend("triton", "cpu", "cpu-exact", "int4pack", "tiled")
+    why = triton.refused(triton.can_run(bits, group_size, shape, dtype, words.device), chosen, exact)
+    if why is None:
+        gpu = triton.prepare(words, scale, zero, shape, bits)
+        return Prepared("triton", bits, group_size, words, scale, zero, gpu=gpu)
+    if words.device.type != "cpu":
+        reasons["triton"] = why
     for path in ("cpu-exact",) if exact or dtype == torch.float32 else ("cpu", "cpu-exact"):
         why = cpu.can_run(bits, group_size, shape, dtype, words.device)
         if exact and chosen != path:
@@ -70,13 +77,15 @@ def prepare(
     if why is None:
         int4 = cpu_int4.prepare(words, scale, zero, shape)
         return Prepared("int4pack", bits, group_size, words, scale, zero, int4, reasons=reasons)
-    _say_once(why)
+    _say_once("int4pack" if words.device.type == "cpu" else "triton", reasons.get("triton", why))
     return Prepared("tiled", bits, group_size, words, scale, zero, reasons={**reasons, "int4pack": why})
 
 
 def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., I) times Wᵀ plus bias -> (..., O) in x's dtype."""
     p = prepared
+    if p.gpu is not None and x.dtype != torch.float64:
+        return triton.linear(x, p.gpu, bias)
     if p.native is not None and (not p.native.exact or x.numel() <= cpu.ROWS_EXACT * x.shape[-1]):
         return cpu.linear(x, p.native, bias)
     if p.int4 is not None and x.dtype == torch.bfloat16 and x.numel() <= cpu_int4.ROWS_OF_X * x.shape[-1]:
@@ -85,5 +94,5 @@ def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None
 
 
 @functools.cache
-def _say_once(why: str) -> None:
-    logger.info("int_grouped: the tiled path runs, not int4pack: %s", why)
+def _say_once(path: str, why: str) -> None:
+    logger.info("int_grouped: the tiled path runs, not %s: %s", path, why)

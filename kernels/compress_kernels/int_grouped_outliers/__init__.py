@@ -1,7 +1,8 @@
 """y = x Wᵀ + bias for grouped integers with exact outliers: `prepare` once after loading, then `linear`.
 
-Paths: `cpu` and `cpu-exact` (our C++ library, outliers and all; as for `int_grouped`), `int4pack+csr` (torch's CPU kernel, and the
-outliers' own product added to it) and `tiled` (anything, anywhere); `reference` defines what they compute.
+Paths: `triton` (a GPU; 16-bit activations), `cpu` and `cpu-exact` (our C++ library, outliers and all; as for `int_grouped`),
+`int4pack+csr` (torch's CPU kernel, and the outliers' own product added to it) and `tiled` (anything, anywhere); `reference`
+defines what they compute.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 from compress_kernels import backend
 from compress_kernels.int_grouped import cpu, cpu_int4
 from compress_kernels.int_grouped import reference as int_grouped
-from compress_kernels.int_grouped_outliers import csr, reference, tiled
+from compress_kernels.int_grouped import triton as int_grouped_triton
+from compress_kernels.int_grouped_outliers import csr, reference, tiled, triton
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ FAST = "int4pack+csr"
 class Prepared:
     """One weight, ready to run: the artifact's tensors, and what the chosen path needs."""
 
-    path: str  # "cpu", "cpu-exact", "int4pack+csr" or "tiled"
+    path: str  # "triton", "cpu", "cpu-exact", "int4pack+csr" or "tiled"
     bits: int
     group_size: int
     parts: tiled.Parts
@@ -36,6 +38,7 @@ class Prepared:
     int4: tuple[torch.Tensor, torch.Tensor] | None = None
     outliers: csr.Outliers | None = None
     native: cpu.Weight | None = None
+    gpu: int_grouped_triton.Weight | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)  # faster path -> why it cannot run
 
 
@@ -71,8 +74,15 @@ def prepare(
     if group_size == -1:
         group_size = shape[1]
     reasons: dict[str, str] = {}
-    chosen = backend("cpu", "cpu-exact", "int4pack", "tiled")
+    chosen = backend("triton", "cpu", "cpu-exact", "int4pack", "tiled")
     zero = None if packed_zero is None else int_grouped.zeros(packed_zero, bits, shape[0])
+    why = int_grouped_triton.refused(triton.can_run(bits, group_size, shape, dtype, words.device), chosen, exact)
+    if why is None:
+        sparse = triton.prepare(*outliers, shape)
+        gpu = int_grouped_triton.prepare(words, reference.stored_scales(tensors, shape[0]), zero, shape, bits, sparse)
+        return Prepared("triton", bits, group_size, parts, rows, gpu=gpu)
+    if words.device.type != "cpu":
+        reasons["triton"] = why
     for path in ("cpu-exact",) if exact or dtype == torch.float32 else ("cpu", "cpu-exact"):
         why = cpu.can_run(bits, group_size, shape, dtype, words.device)
         if exact and chosen != path:
@@ -88,7 +98,7 @@ def prepare(
     if why is None and chosen not in (None, "int4pack"):
         why = f"COMPRESS_BACKEND is {chosen}"
     if why is not None:
-        _say_once(why)
+        _say_once(FAST if words.device.type == "cpu" else "triton", reasons.get("triton", why))
         return Prepared("tiled", bits, group_size, parts, rows, reasons={**reasons, FAST: why})
     int4 = cpu_int4.prepare(words, parts.scale, zero, shape)
     return Prepared(FAST, bits, group_size, parts, rows, int4, csr.prepare(*outliers), reasons=reasons)
@@ -105,6 +115,8 @@ def _why_not(
 def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., I) times Wᵀ plus bias -> (..., O) in x's dtype."""
     p = prepared
+    if p.gpu is not None and x.dtype != torch.float64:
+        return int_grouped_triton.linear(x, p.gpu, bias)
     if p.native is not None and (not p.native.exact or x.numel() <= cpu.ROWS_EXACT * x.shape[-1]):
         return cpu.linear(x, p.native, bias)
     few = x.dtype == torch.bfloat16 and x.numel() <= cpu_int4.ROWS_OF_X * x.shape[-1]
@@ -117,5 +129,5 @@ def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None
 
 
 @functools.cache
-def _say_once(why: str) -> None:
-    logger.info("int_grouped_outliers: the tiled path runs, not %s: %s", FAST, why)
+def _say_once(path: str, why: str) -> None:
+    logger.info("int_grouped_outliers: the tiled path runs, not %s: %s", path, why)
