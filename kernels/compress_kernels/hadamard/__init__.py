@@ -1,6 +1,6 @@
 """Orthogonal transforms of activations, x H / sqrt(n), for rotations that cannot be folded into a weight (before down_proj).
 
-H is a small Hadamard matrix times Sylvester's: orders 2^k, and k times a base that the caller has (12, 20, 28, 40, 172 …). On a
+H is a small Hadamard matrix times Sylvester's: orders 2^k, and k times a base that the caller has (12, 20, 28 …). On a
 GPU one launch takes a row per program, with silu(gate) · up before it where asked for; else the reference runs, two or three
 small products.
 """
@@ -17,7 +17,7 @@ import torch
 from compress_kernels.hadamard import reference
 from compress_kernels.int_grouped import triton as int_grouped
 
-_MOST = 1 << 15  # padded elements of a row that one program holds
+_MOST = 1 << 14  # padded elements of a row that one program holds
 _SMALLEST = 16  # inner dimension of a dot
 
 
@@ -29,7 +29,7 @@ def _device_code() -> ModuleType:
 
 
 def sides(left: int) -> tuple[int, int]:
-    """Sylvester's order as B · C, C at least 16 and the larger one."""
+    """Sylvester's order as B · C, the larger one C; B is 1 or, as a dot's inner dimension must be, at least 16."""
     bits = left.bit_length() - 1
     if left <= 128:
         return 1, left
@@ -45,7 +45,10 @@ def can_run(n: int, base: torch.Tensor | None, dtype: torch.dtype, device: torch
     order = 1 if base is None else base.shape[0]
     if C < _SMALLEST:
         return f"a power of two of {B * C}, triton needs {_SMALLEST}"
-    if (1 << (order - 1).bit_length()) * B * C > _MOST or max(B, C) > 256:
+    size = (1 << (order - 1).bit_length()) * B * C
+    if size > 8192 and B > 1 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        return f"{n} elements by {C} and {B} spill before compute capability 9.0"
+    if size > _MOST or max(B, C) > 256:
         return f"{n} elements, triton's program holds {_MOST}"
     return None
 
@@ -55,9 +58,13 @@ def transform(x: torch.Tensor, base: torch.Tensor | None = None, up: torch.Tenso
 
     Raises ValueError where n is not the base's order times a power of two.
     """
+    return _op(x, base, up) if torch.compiler.is_compiling() else _transform(x, base, up)
+
+
+def _transform(x: torch.Tensor, base: torch.Tensor | None, up: torch.Tensor | None) -> torch.Tensor:
     if can_run(x.shape[-1], base, x.dtype, x.device) is not None:
         return reference.transform(x, base, up)
-    return _op(x, base, up) if torch.compiler.is_compiling() else _run(x, base, up)
+    return _run(x, base, up)
 
 
 def _run(x: torch.Tensor, base: torch.Tensor | None, up: torch.Tensor | None) -> torch.Tensor:
@@ -73,8 +80,10 @@ def _run(x: torch.Tensor, base: torch.Tensor | None, up: torch.Tensor | None) ->
         code: Any = _device_code()
         code.transform[(len(flat),)](
             flat, flat if gate is None else gate, flat if base is None else base.contiguous(), y, flat.stride(0),
-            0 if gate is None else gate.stride(0), n, 1 / math.sqrt(n),
-            A=A, AP=1 << (A - 1).bit_length(), B=B, C=C, GATED=gate is not None, UPCAST=upcast, num_warps=8 if size > 2048 else 4,
+            0 if gate is None else gate.stride(0), n, 1 / math.sqrt(A if A > 1 else B if B > 1 else C),
+            1 / math.sqrt(C), 1 / math.sqrt(B if B > 1 else C),
+            A=A, AP=1 << (A - 1).bit_length(), B=B, C=C, GATED=gate is not None, UPCAST=upcast,
+            num_warps=16 if size > 8192 else 8 if size > 4096 else 4,
         )  # fmt: skip
     return y.view(x.shape)
 
@@ -86,7 +95,7 @@ def _rows(t: torch.Tensor, n: int) -> torch.Tensor:
 
 @torch.library.custom_op("compress_kernels::hadamard", mutates_args=())
 def _op(x: torch.Tensor, base: torch.Tensor | None, up: torch.Tensor | None) -> torch.Tensor:
-    return _run(x, base, up)
+    return _transform(x, base, up)
 
 
 @_op.register_fake

@@ -205,7 +205,7 @@ def _column_and_value(entry, BF16_VALUES: tl.constexpr):
 def _outliers(acc, x_ptr, stride_x, xt_ptr, stride_t, M, tile_m, starts_ptr, entries_ptr, run_starts_ptr, run_rows_ptr,
               runs_ptr, tile, shift, split, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, OUTLIERS: tl.constexpr,
               BF16_VALUES: tl.constexpr):  # fmt: skip
-    """acc (BN, BM) plus this split's share of the outliers of the tile's rows shift … shift+BN-1, times block tile_m of x's rows."""
+    """acc (BN, BM) plus this split's share of the outliers of the rows from `shift` on, times block tile_m of x."""
     rows, ms = tl.arange(0, BN), tl.arange(0, BM)
     first_row, live = tile_m * BM, tl.minimum(M - tile_m * BM, BM)
     end = tl.load(starts_ptr + tile + 1)
