@@ -294,7 +294,7 @@ def test_a_measured_table_decides_and_the_rules_serve_other_shapes(tmp_path: Pat
     assert tuning.choose(4, 128, (256, 512), 3, cpu) == Choice("fused", 16, 64, 4, 3, 2)
     assert tuning.choose(4, 128, (256, 512), 17, cpu).path == "scratch"
     assert tuning.choose(4, 128, (256, 512), 999, cpu).path == "scratch"
-    assert tuning.choose(4, 64, (256, 512), 3, cpu) == tuning.default(4, (256, 512), 3, 8)
+    assert tuning.choose(4, 64, (256, 512), 3, cpu) == tuning.default(4, (256, 512), 3, 8, 99 << 10)
     again = tune.write(path, "a GPU", tuning.read(path)["rows"], [{**row, "O": 512}])  # other weights' rows stay
     assert [r["O"] for r in tuning.read(again)["rows"]] == [256, 256, 512]
 
@@ -314,6 +314,8 @@ def test_rules_fill_the_gpu_and_every_candidate_can_be_run() -> None:
         waves = shape[0] / 128 * how.split / (2 * 132)
         assert waves / -(-waves // 1) > 0.75
     assert tuning.default(4, (4096, 4096), 4096, 132).path == "scratch"
+    assert tuning.default(3, (4096, 4096), 32, 84, 99 << 10).stages == 3  # four do not fit a consumer GPU's shared memory
+    assert tuning.default(3, (4096, 4096), 100, 84, 99 << 10).BM == 32
     for M in (1, 17, 64, 65, 512, 4096):
         for how in tuning.candidates(4, M):
             tuning.choice(json.loads(json.dumps({f: getattr(how, f) for f in Choice.__slots__})))

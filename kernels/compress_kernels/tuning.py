@@ -94,16 +94,25 @@ def _rules() -> list[dict[str, Any]]:
     return list(json.loads((CONFIGS / "default.json").read_text(encoding="utf-8"))["rules"])
 
 
-def default(bits: int, shape: tuple[int, int], rows: int, units: int) -> Choice:
-    """The rule for `rows` rows of x and a weight (O, I), on a GPU of `units` multiprocessors."""
+def default(bits: int, shape: tuple[int, int], rows: int, units: int, shared: int = 227 << 10) -> Choice:
+    """The rule for `rows` rows of x and a weight (O, I), on a GPU of `units` multiprocessors whose programs have `shared` bytes."""
     rule = next(r for r in _rules() if bits in r["bits"] and rows <= r["rows"])
     if rule["path"] == "scratch":
         return Choice("scratch")
     BM, BN = rule["BM"], rule["BN"]
+    while BM > 16 and 2 * _stage(bits, BM, BN) > shared:
+        BM //= 2
     programs = -(-shape[0] // BN) * -(-rows // BM)
     most = max(1, shape[1] // rule["least"])  # every program gets at least so many columns
     sums = 4 * min(rows, BM) / (shape[1] * bits / 8)  # bytes of a split's sums to those of its weights
-    return Choice("fused", BM, BN, rule["warps"], rule["stages"], _split(programs, units, min(most, rule["split"]), sums))
+    stages, warps = max(2, min(rule["stages"], shared // _stage(bits, BM, BN))), rule["warps"] if rule["BM"] == BM else 4
+    return Choice("fused", BM, BN, warps, stages, _split(programs, units, min(most, rule["split"]), sums))
+
+
+def _stage(bits: int, BM: int, BN: int) -> int:
+    """Bytes of shared memory that a tile, the x for it and its statistics take at most."""
+    columns = 256 if bits in (2, 3) else 128
+    return columns * (BN * bits // 8 + 2 * BM) + 4 * BN * columns // 32
 
 
 def _split(programs: int, units: int, most: int, sums: float) -> int:
@@ -118,12 +127,12 @@ def _split(programs: int, units: int, most: int, sums: float) -> int:
 
 
 @functools.cache
-def _device(index: int | None) -> tuple[str, int]:
-    """Name and multiprocessors of a CUDA device; None: the interpreter."""
+def _device(index: int | None) -> tuple[str, int, int]:
+    """Name, multiprocessors and a program's bytes of shared memory of a CUDA device; None: the interpreter."""
     if index is None:
-        return "interpreter", 8
+        return "interpreter", 8, 99 << 10
     properties = torch.cuda.get_device_properties(index)
-    return properties.name, properties.multi_processor_count
+    return properties.name, properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", 99 << 10)
 
 
 def choose(bits: int, group: int, shape: tuple[int, int], rows: int, device: torch.device) -> Choice:
@@ -134,11 +143,11 @@ def choose(bits: int, group: int, shape: tuple[int, int], rows: int, device: tor
 
 @functools.lru_cache(4096)
 def _choose(bits: int, group: int, shape: tuple[int, int], rows: int, index: int | None, chosen: str | None) -> Choice:
-    name, units = _device(index)
+    name, units, shared = _device(index)
     measured = _tables(name, chosen).get((bits, group, *shape))
     if measured:
         return next((c for M, c in measured if rows <= M), measured[-1][1])
-    return default(bits, shape, rows, units)
+    return default(bits, shape, rows, units, shared)
 
 
 def candidates(bits: int, rows: int) -> list[Choice]:
