@@ -315,7 +315,7 @@ def test_rules_fill_the_gpu_and_every_candidate_can_be_run() -> None:
         assert waves / -(-waves // 1) > 0.75
     assert tuning.default(4, (4096, 4096), 4096, 132).path == "scratch"
     assert tuning.default(3, (4096, 4096), 32, 84, 99 << 10).stages == 3  # four do not fit a consumer GPU's shared memory
-    assert tuning.default(3, (4096, 4096), 100, 84, 99 << 10).BM == 32
+    assert tuning.default(3, (4096, 4096), 100, 84, 99 << 10).BM == 64
     for M in (1, 17, 64, 65, 512, 4096):
         for how in tuning.candidates(4, M):
             tuning.choice(json.loads(json.dumps({f: getattr(how, f) for f in Choice.__slots__})))

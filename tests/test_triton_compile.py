@@ -30,12 +30,19 @@ CASES: dict[str, tuple[dict[str, Any], float]] = {
     "W4 on sm_80": ({"target": 80, "bits": 4}, 2.24),
     "W3 on sm_80, 32 rows": ({"target": 80, "bits": 3, "BM": 32, "dtype": "bfloat16"}, 2.90),
 }
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "decoded": ("dense", {"target": 90, "bits": 3}),
+    "decoded bf16 on sm_80": ("dense", {"target": 80, "bits": 8, "dtype": "bfloat16"}),
+    "outliers over a decoded weight": ("put", {"target": 90}),
+    "hadamard 4096": ("hadamard", {"target": 90}),
+    "hadamard 4096 on sm_80": ("hadamard", {"target": 80, "dtype": "bfloat16"}),
+}
 COMPILE = """
 import json, sys
 from dataclasses import asdict
 from compress_kernels import aot
 cases = json.loads(sys.argv[1])
-print("REPORTS" + json.dumps({name: {**asdict(aot.product(**case)), "ptx": ""} for name, case in cases.items()}))
+print("REPORTS" + json.dumps({name: {**asdict(getattr(aot, kernel)(**case)), "ptx": ""} for name, (kernel, case) in cases.items()}))
 """
 
 
@@ -43,7 +50,7 @@ print("REPORTS" + json.dumps({name: {**asdict(aot.product(**case)), "ptx": ""} f
 def reports() -> dict[str, dict[str, Any]]:
     """Reports of all cases, made in a process of their own: this one's Triton interprets (conftest.py)."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
-    done = python(COMPILE, json.dumps({name: case for name, (case, _) in CASES.items()}), env=env)
+    done = python(COMPILE, json.dumps({name: ("product", case) for name, (case, _) in CASES.items()} | OTHERS), env=env)
     assert "REPORTS" in done.stdout, done.stderr
     found: dict[str, dict[str, Any]] = json.loads(done.stdout.split("REPORTS")[1])
     return found
@@ -62,6 +69,13 @@ def test_machine_code_keeps_within_the_budget(name: str, reports: dict[str, dict
     assert loop.get("I2F", 0) <= 8, "codes are converted one by one"  # zero points of a group: 4 per thread
     assert r["registers"] <= 255
     assert r["shared"] < SHARED[case["target"]]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_kernels_compile_without_spills(name: str, reports: dict[str, dict[str, Any]]) -> None:
+    r = reports[name]
+    assert r["opcodes"].get("LDL", 0) == r["opcodes"].get("STL", 0) == r["stack"] == 0
+    assert r["shared"] < SHARED[OTHERS[name][1]["target"]]
 
 
 def test_a_loop_is_found_by_its_backward_branch() -> None:

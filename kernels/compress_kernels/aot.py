@@ -61,6 +61,36 @@ def product(
     return _report(made, where, warps, BM)
 
 
+def dense(target: int, bits: int, *, group: int = 128, dtype: str = "float16") -> Report:
+    """Compile `int_grouped.device.dense`, which decodes a weight."""
+    from compress_kernels.int_grouped import device
+
+    types = {"words_ptr": "*i16", "stats_ptr": "*i32", "scale_ptr": "*fp32", "out_ptr": "*" + _TYPES[dtype]}
+    types |= dict.fromkeys(("first", "N", "NP", "K", "KT"), "i32")
+    constants = {"BITS": bits, "GROUP": group, "WIDE": False, "BF16_SCALES": dtype == "bfloat16", "DECODE": 0}
+    return _report(*compiled(device.dense, types, constants, ("NP", "K"), target, 4), 4, 16)
+
+
+def put(target: int, *, dtype: str = "float16") -> Report:
+    """Compile `int_grouped.device.put`, which writes outliers over a decoded weight."""
+    from compress_kernels.int_grouped import device
+
+    names = ("starts_ptr", "entries_ptr", "run_starts_ptr", "run_rows_ptr", "runs_ptr")
+    types = dict.fromkeys(names, "*i32") | {"out_ptr": "*" + _TYPES[dtype], "first": "i32", "K": "i32"}
+    return _report(*compiled(device.put, types, {"BF16_VALUES": dtype == "bfloat16"}, ("K",), target, 4), 4, 16)
+
+
+def hadamard(target: int, *, A: int = 1, B: int = 64, C: int = 64, warps: int = 4, dtype: str = "float16") -> Report:
+    """Compile `hadamard.device.transform` of rows of A·B·C elements, with the gated activation."""
+    from compress_kernels.hadamard import device
+
+    x = "*" + _TYPES[dtype]
+    types = {"x_ptr": x, "up_ptr": x, "base_ptr": "*i8", "y_ptr": x, "stride_x": "i32", "stride_up": "i32", "n": "i32"}
+    types |= dict.fromkeys(("scale", "scale_c", "scale_b"), "fp32")
+    constants = {"A": A, "AP": 1 << (A - 1).bit_length(), "B": B, "C": C, "GATED": True, "UPCAST": False}
+    return _report(*compiled(device.transform, types, constants, ("stride_x", "stride_up", "n"), target, warps), warps, 16)
+
+
 def compiled(
     kernel: Any, types: dict[str, str], constants: dict[str, Any], even: tuple[str, ...], target: int, warps: int, stages: int = 3
 ) -> tuple[Any, int]:
