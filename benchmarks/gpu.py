@@ -25,7 +25,7 @@ if "--dry" in sys.argv:  # Triton reads this when it is first imported
     os.environ |= {"TRITON_INTERPRET": "1", "COMPRESS_BACKEND": "triton"}
 
 import torch
-from compress_kernels import tune, tuning
+from compress_kernels import gpu_table, gpu_tune
 from compress_kernels.int_grouped import triton
 from compress_kernels.int_grouped_outliers import triton as outliers
 from gpu_checks import checks
@@ -85,7 +85,7 @@ def facts(dry: bool) -> dict[str, Any]:
 def times(calls: Sequence[Callable[[], object]], dry: bool) -> list[float]:
     """Microseconds per call; in a dry run one wall-clock time, which says nothing."""
     if not dry:
-        return tune.graph_times(calls, 0.15)
+        return gpu_tune.graph_times(calls, 0.15)
     start = time.perf_counter()
     calls[0]()
     return [(time.perf_counter() - start) * 1e6]
@@ -117,7 +117,8 @@ def weights(kind: str, O: int, I: int, device: torch.device) -> list[triton.Weig
     from dataclasses import replace
 
     bits, share = KINDS[kind]
-    made = [tune.random_weight(O, I, bits, GROUP, False, torch.bfloat16, device) for _ in range(tune.copies(O * I * bits // 8))]
+    count = gpu_tune.copies(O * I * bits // 8)
+    made = [gpu_tune.random_weight(O, I, bits, GROUP, False, torch.bfloat16, device) for _ in range(count)]
     if share:
         made = [replace(w, outliers=side_car(O, I, share, device)) for w in made]
     return made
@@ -137,12 +138,12 @@ def cells(options: argparse.Namespace, device: torch.device, top: dict[str, floa
                 yield {"skipped": f"{kind} {O}x{I}", "why": f"{options.minutes} minutes are over"}
                 continue
             ours = weights(kind, O, I, device)
-            dense = [torch.randn(O, I, device=device).bfloat16() for _ in range(tune.copies(2 * O * I))]
+            dense = [torch.randn(O, I, device=device).bfloat16() for _ in range(gpu_tune.copies(2 * O * I))]
             size = held(ours[0])
             for M in options.rows:
                 x = torch.randn(M, I, device=device).bfloat16()
                 y = x.new_empty(M, O)
-                how = tuning.choose(KINDS[kind][0], GROUP, (O, I), M, device)
+                how = gpu_table.choose(KINDS[kind][0], GROUP, (O, I), M, device)
                 theirs = statistics.median(times([partial(torch.mm, x, W.T, out=y) for W in dense], options.dry))
                 seen = sorted(times([partial(triton.run, x, w, None, y, how) for w in ours], options.dry))
                 us = statistics.median(seen)
@@ -180,7 +181,7 @@ def main() -> int:
     if wrong:
         return 1
     if options.tune and not options.dry:
-        print("table:", tune.tune(progress=lambda row: print(json.dumps(row), flush=True)))
+        print("table:", gpu_tune.tune(progress=lambda row: print(json.dumps(row), flush=True)))
     top = ceilings(device, options.dry)
     note({"ceilings": top})
     print(json.dumps(top))

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from compress_kernels import bits as bitpack
-from compress_kernels import hadamard, tuning
+from compress_kernels import gpu_table, hadamard
+from compress_kernels.gpu_table import Choice
 from compress_kernels.hadamard import reference as hadamard_reference
 from compress_kernels.int_grouped import reference, triton
 from compress_kernels.int_grouped_outliers import triton as outliers
-from compress_kernels.tuning import Choice
 
 CLOSE = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 1e-6}  # one rounding of the outputs: 2^-11 and 2^-8 at most
 
@@ -87,7 +87,7 @@ def checks(device: torch.device, types: tuple[torch.dtype, ...], small: bool = F
             for number, group in enumerate(groups):
                 w = Weight(257, 384 if group else 300, bits, group, dtype, device, symmetric=number % 2 == 1)
                 M = (1, 17, 16, 3)[number]
-                yield _product(f"W{bits} g{group or 'row'}", w, M, dtype, tuning.default(bits, w.packed.shape, M, 132))
+                yield _product(f"W{bits} g{group or 'row'}", w, M, dtype, gpu_table.default(bits, w.packed.shape, M, 132))
         yield from _ways(device, dtype, small)
         yield from _decoded(device, dtype, widths)
         yield from _side_cars(device, dtype, small)

@@ -40,6 +40,11 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "magnitude --recover 10": ("magnitude", {"recover": 10}),
     "wanda --recover 10": ("wanda", {"recover": 10}),
     "sparsegpt --recover 10": ("sparsegpt", {"recover": 10}),
+    "sparsegpt --importance gradient": ("sparsegpt", {"importance": "gradient"}),
+    "sparsegpt --importance gradient --scope model": ("sparsegpt", {"importance": "gradient", "scope": "model"}),
+    "sparsegpt --importance gradient --scope model --recover 10": (
+        "sparsegpt", {"importance": "gradient", "scope": "model", "recover": 10},
+    ),
     "sparsegpt --quality": ("sparsegpt", {"quality": True}),
     "armor --block 32": ("armor", {"block": 32}),
     "armor --block 32 --restarts 3 --recover 10": ("armor", {"block": 32, "restarts": 3, "propagate": True, "recover": 10}),
@@ -106,7 +111,7 @@ def main() -> None:
     for shape in args.shapes:
         for name in wanted:
             method, options = JOBS[name]
-            if method != "armor" or shape == "2:4":
+            if (method != "armor" and "importance" not in options) or shape == ("2:4" if method == "armor" else "50 %"):
                 note(label, name, shape, lambda m=method, o=options, s=shape: ours(m, SHAPES[s], what, **o))
         for method in ("sparsegpt", "wanda") if args.peer_python and not args.stories else ():
             run = lambda m=method, s=shape: theirs(args.peer_python, args.model, m, SHAPES[s], args.threads)  # noqa: E731

@@ -7,7 +7,8 @@ The first form measures (SmolLM2 as in benchmarks/compare_awq.py: 16 calibration
 512 of WikiText-2; groups of 64; --stories instead: the shipped checkpoint, groups of 32, TinyStories) and appends to
 benchmarks/results/quality.jsonl; what is there already is not measured again. The second writes the tables from that file.
 PEER as in compare_awq.py; its GPTQ and AWQ run on the same windows. --mixed instead measures GWQ (groups of 16, 1 % of the weights
-kept) and mixed widths, which are compared by the bits that they really take.
+kept) and mixed widths, which are compared by the bits that they really take. --heads measures --lm-head-bits: none, 8 and 4, with
+W4 linears.
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ MIXED: dict[str, tuple[str, int, dict[str, Any]]] = {  # method, bits, options
     **{f"{m} --target-bpw {t}": (m, 3, {"target_bpw": t}) for t in (3.0, 3.547, 4.0) for m in ("rtn", "gptq", "rsq")},
 }
 
+HEADS: dict[str, tuple[str, int | None]] = {  # method, --lm-head-bits
+    f"{method}, head of {bits or 16} bits": (method, bits) for method in ("rtn", "gptq") for bits in (None, 8, 4)
+}
+
 
 def setting(stories: bool, model: Path) -> dict[str, Any]:
     """Model, calibration and evaluation of one of the two protocols."""
@@ -68,7 +73,7 @@ def measure(method: str, bits: int, symmetric: bool, what: dict[str, Any], **opt
         out = Path(folder) / "out"
         report = compress.quantize(what["model"], method, out, bits=bits, symmetric=symmetric, **data, **options)
         value = compress.evaluate(out, text=what["text"], **what["eval"])["perplexity"].value
-    return {"perplexity": value, "seconds": report.seconds, "bits_per_weight": report.bits_per_weight}
+    return {"perplexity": value, "seconds": report.seconds, "bits_per_weight": report.bits_per_weight, "bytes": report.bytes}
 
 
 def main() -> None:
@@ -79,6 +84,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--symmetric", action="store_true")
     parser.add_argument("--mixed", action="store_true", help="GWQ and mixed widths")
+    parser.add_argument("--heads", action="store_true", help="rounded embeddings and heads")
     parser.add_argument("--only", help="names of jobs, the peer's too, separated by semicolons")
     parser.add_argument("--render", action="store_true", help="only write docs/quality.md from the results")
     args = parser.parse_args()
@@ -87,7 +93,13 @@ def main() -> None:
         return
     what = setting(args.stories, args.model)
     label = "stories15M" if args.stories else "SmolLM2-135M"
-    wanted = [n.strip() for n in args.only.split(";")] if args.only else list(MIXED if args.mixed else JOBS)
+    jobs: dict[str, Any] = HEADS if args.heads else MIXED if args.mixed else JOBS
+    wanted = [n.strip() for n in args.only.split(";")] if args.only else list(jobs)
+    if args.heads:
+        for name in wanted:
+            method, head = HEADS[name]
+            note(label, name, 4, False, what, lambda m=method, h=head: measure(m, 4, False, what, lm_head_bits=h))
+        return
     if args.mixed:
         for name in wanted:
             method, bits, options = MIXED[name]
@@ -127,7 +139,7 @@ def render(rows: list[dict[str, Any]]) -> str:
         "the rows are in `benchmarks/results/quality.jsonl`. One small model and one text each: a comparison, not a promise.", "",
     ]  # fmt: skip
     for model, symmetric in sorted({(r["model"], r["symmetric"]) for r in rows}):
-        part = [r for r in rows if (r["model"], r["symmetric"]) == (model, symmetric) and r["job"] not in MIXED]
+        part = [r for r in rows if (r["model"], r["symmetric"]) == (model, symmetric) and r["job"] not in MIXED | HEADS]
         widths = sorted({r["bits"] for r in part}, reverse=True)
         kind = "symmetric" if symmetric else "asymmetric"
         lines += [f"## {model}, groups of {part[0]['group_size']}, {kind}", ""]
@@ -137,8 +149,27 @@ def render(rows: list[dict[str, Any]]) -> str:
             if found:
                 lines.append(f"| {job} | " + " | ".join(found.get(b, "") for b in widths) + " |")
         lines.append("")
-    lines += mixed(rows)
+    lines += mixed(rows) + heads(rows)
     return "\n".join(lines)
+
+
+def heads(rows: list[dict[str, Any]]) -> list[str]:
+    """Rounded embeddings and heads: perplexity and size."""
+    found = {(r["model"], r["job"]): r for r in rows if r["job"] in HEADS}
+    if not found:
+        return []
+    lines = [
+        "## Rounded embedding and head", "",
+        "`--lm-head-bits` with 4-bit linears, groups as above. Both models tie their heads: one tensor serves both. Sizes are",
+        "those of the weight files.", "", "| | head as it was | 8 bits | 4 bits |", "| --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for model in sorted({m for m, _ in found}):
+        for method in ("rtn", "gptq"):
+            cells = [found.get((model, f"{method}, head of {b} bits")) for b in (16, 8, 4)]
+            shown = ["" if r is None else f"{r['perplexity']:.2f}, {r['bytes'] / 1e6:.1f} MB" for r in cells]
+            if any(shown):
+                lines.append(f"| {model}, {method} | " + " | ".join(shown) + " |")
+    return [*lines, ""]
 
 
 def mixed(rows: list[dict[str, Any]]) -> list[str]:

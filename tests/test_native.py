@@ -16,7 +16,7 @@ import torch
 from compress_kernels import BackendError, native
 from compress_kernels import bits as bitpack
 from compress_kernels.int_grouped import cpu
-from compress_kernels.native import masked
+from compress_kernels.native import decoder, masked
 from conftest import ROOT, python
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -215,7 +215,7 @@ def test_one_openmp_runtime_is_loaded() -> None:
 SANITIZED = """
 import ctypes, random, sys
 sys.path.insert(0, sys.argv[2])
-from structures import Call, IntGrouped, Masked
+from structures import Block, Call, Decoder, IntGrouped, Linear, Masked, Step
 library = ctypes.CDLL(sys.argv[1])
 draw = random.Random(0)
 
@@ -266,6 +266,45 @@ for step in range(120):
     work, out = buffer(4 * M * K), buffer(N * K * size[x_type])
     assert library.cc_masked(isa, ctypes.byref(m), ctypes.byref(Call(M, K, x_type, 2, at(x), at(y), at(work), 4 * M * K))) == 0
     assert library.cc_masked_rows(isa, ctypes.byref(m), ctypes.c_int64(0), ctypes.c_int64(N), x_type, at(out), 1) == 0
+
+library.cc_decode_bytes.restype = ctypes.c_int64
+for step in range(40):
+    isa, B, head, kv, d, D = draw.randrange(library.cc_isa() + 1), draw.randrange(1, 4), 4, draw.choice([1, 2, 4]), 16, 32
+    capacity, cache_type, inner, outputs = draw.randrange(1, 30), draw.randrange(3), 48, 33
+    kept = []
+
+    def held(size):
+        kept.append(buffer(size))
+        return at(kept[-1])
+
+    def dense(N, K):
+        kind = draw.randrange(3)
+        return Linear(K, N, 3, kind, 1, 0, held(N * K * size[kind]), held(2 * N) if draw.randrange(2) else None)
+
+    def coded(N, K):
+        tiles = -(-N // 16)
+        parts = held(tiles * 8 * K), held(tiles * K // 16 * 32), None, None, None, None
+        w = IntGrouped(K, N, 16, 16, 4, 1, draw.randrange(2), 1, *parts)
+        kept.append(w)
+        return Linear(K, N, 1, 0, 0, 0, ctypes.cast(ctypes.pointer(w), ctypes.c_void_p), None)
+
+    def some(N, K):
+        return draw.choice([dense, coded])(N, K)
+
+    shapes = (head * d, D), (kv * d, D), (kv * d, D), (D, head * d), (inner, D), (inner, D), (D, inner)
+    norms = 2 * D, 2 * D, 2 * d, 2 * d
+    blocks = (Block * 2)(*(Block(*map(held, norms), *(some(*shape) for shape in shapes)) for _ in range(2)))
+    table = ctypes.cast(blocks, ctypes.c_void_p)
+    whole = Decoder(2, D, inner, head, kv, d, 1e-5, 0.25, 1, cache_type, table, held(2 * D), some(outputs, D))
+    assert library.cc_decode(isa, ctypes.byref(whole), ctypes.byref(Step())) == 0
+    cache = (ctypes.c_void_p * 2)(*(held(2 * B * kv * capacity * d * size[cache_type]).value for _ in range(2)))
+    slot = draw.randrange(capacity)
+    first = (ctypes.c_int64 * B)(*(draw.randrange(slot + 1) for _ in range(B)))
+    one = Step(B, slot, capacity, 1, draw.randrange(1, 4), held(2 * B * D), ctypes.cast(cache, ctypes.c_void_p),
+               ctypes.cast(first, ctypes.c_void_p), held(2 * B * d), held(2 * B * d), held(4 * B * outputs))
+    one.workspace_bytes = library.cc_decode_bytes(isa, ctypes.byref(whole), ctypes.byref(one))
+    one.workspace = held(one.workspace_bytes)
+    assert library.cc_decode(isa, ctypes.byref(whole), ctypes.byref(one)) == 0
 print("whole")
 """
 
@@ -282,6 +321,8 @@ def test_no_byte_outside_is_touched_under_the_sanitizers(tmp_path: Path, monkeyp
     build.compile_library(tmp_path / "_cpu.so", tmp_path / "objects")
     source = Path(native.__file__).read_text()
     structures = source[source.index("_i32, _i64") : source.index("@functools")]
+    source = Path(decoder.__file__).read_text()
+    structures += source[source.index("_f32, _i32") : source.index("@functools")]
     (tmp_path / "structures.py").write_text(f"import ctypes\n{structures}")
     preload = [
         subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()

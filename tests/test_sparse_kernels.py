@@ -43,6 +43,7 @@ CASES: dict[str, Callable[[], Packed]] = {
     "int 3 bits": lambda: random_codes(101, 48, 3, 16, False),
     "int 8 bits, 3:5": lambda: random_codes(40, 30, 8, -1, False, 3, 5),
     "armor": lambda: random_armor(70, 48, 12, 14),
+    "armor, ragged": lambda: random_armor(70, 48, 20, 33),
     "armor, codes": lambda: random_armor(66, 64, 16, 33, random_codes(66, 64, 4, 16, False, E=BF16), BF16),
 }
 ONE_PER_KIND = ["3:5", "bitmask", "int 3 bits", "armor", "armor, codes"]
@@ -69,7 +70,7 @@ def in_fp64(packed: Packed, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor
         return F.linear(x.double(), registry.by_kind(packed.kind).dequantize(packed).double(), bias.double())
     core, pre, post = registry.by_kind(packed.kind).unpack(packed)
     S = registry.by_kind(core.kind).dequantize(core).double()
-    A, B = (torch.block_diag(*blocks.double()) for blocks in (post, pre))
+    A, B = (torch.block_diag(*blocks.double())[:size, :size] for blocks, size in zip((post, pre), packed.shape, strict=True))
     return x.double() @ (A @ S @ B).T + bias.double()
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from compress_kernels import int_grouped, int_grouped_outliers, tune, tuning
+from compress_kernels import gpu_table, gpu_tune, int_grouped, int_grouped_outliers
+from compress_kernels.gpu_table import Choice
 from compress_kernels.int_grouped import triton
 from compress_kernels.int_grouped_outliers import reference as outliers_reference
 from compress_kernels.int_grouped_outliers import triton as triton_outliers
-from compress_kernels.tuning import Choice
 from test_kernels import Weight, dense, random_weight, relative
 
 pytest.importorskip("triton")
@@ -28,9 +28,9 @@ CLOSE = {torch.float16: 5e-4, torch.bfloat16: 6e-3, torch.float32: 1e-6}
 def _interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("COMPRESS_BACKEND", "triton")
     monkeypatch.setenv("COMPRESS_GPU_TABLE", "/nowhere")
-    tuning.forget()
+    gpu_table.forget()
     yield
-    tuning.forget()
+    gpu_table.forget()
 
 
 def inputs(M: int, I: int, dtype: torch.dtype) -> torch.Tensor:
@@ -38,7 +38,7 @@ def inputs(M: int, I: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def always(monkeypatch: pytest.MonkeyPatch, how: Choice) -> None:
-    monkeypatch.setattr(tuning, "choose", lambda *_: how)
+    monkeypatch.setattr(gpu_table, "choose", lambda *_: how)
 
 
 def run(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -288,15 +288,15 @@ def test_a_measured_table_decides_and_the_rules_serve_other_shapes(tmp_path: Pat
         "stages": 3,
         "split": 2,
     }
-    path = tune.write(tmp_path / "table.json", "a GPU", [], [row, {**row, "M": 256, "path": "scratch"}])
+    path = gpu_tune.write(tmp_path / "table.json", "a GPU", [], [row, {**row, "M": 256, "path": "scratch"}])
     monkeypatch.setenv("COMPRESS_GPU_TABLE", str(path))
     cpu = torch.device("cpu")
-    assert tuning.choose(4, 128, (256, 512), 3, cpu) == Choice("fused", 16, 64, 4, 3, 2)
-    assert tuning.choose(4, 128, (256, 512), 17, cpu).path == "scratch"
-    assert tuning.choose(4, 128, (256, 512), 999, cpu).path == "scratch"
-    assert tuning.choose(4, 64, (256, 512), 3, cpu) == tuning.default(4, (256, 512), 3, 8, 99 << 10)
-    again = tune.write(path, "a GPU", tuning.read(path)["rows"], [{**row, "O": 512}])  # other weights' rows stay
-    assert [r["O"] for r in tuning.read(again)["rows"]] == [256, 256, 512]
+    assert gpu_table.choose(4, 128, (256, 512), 3, cpu) == Choice("fused", 16, 64, 4, 3, 2)
+    assert gpu_table.choose(4, 128, (256, 512), 17, cpu).path == "scratch"
+    assert gpu_table.choose(4, 128, (256, 512), 999, cpu).path == "scratch"
+    assert gpu_table.choose(4, 64, (256, 512), 3, cpu) == gpu_table.default(4, (256, 512), 3, 8, 99 << 10)
+    again = gpu_tune.write(path, "a GPU", gpu_table.read(path)["rows"], [{**row, "O": 512}])  # other weights' rows stay
+    assert [r["O"] for r in gpu_table.read(again)["rows"]] == [256, 256, 512]
 
 
 @pytest.mark.parametrize("damage", ["{", '{"rows": [{}]}', '{"rows": [{"bits": 4, "group": 128, "O": 1, "I": 1, "path": "x"}]}'])
@@ -304,28 +304,28 @@ def test_a_damaged_table_is_named(damage: str, tmp_path: Path, monkeypatch: pyte
     (tmp_path / "table.json").write_text(damage)
     monkeypatch.setenv("COMPRESS_GPU_TABLE", str(tmp_path / "table.json"))
     with pytest.raises(ValueError, match=r"table\.json is no table"):
-        tuning.choose(4, 128, (256, 512), 3, torch.device("cpu"))
+        gpu_table.choose(4, 128, (256, 512), 3, torch.device("cpu"))
 
 
 def test_rules_fill_the_gpu_and_every_candidate_can_be_run() -> None:
-    assert tuning.default(4, (4096, 4096), 1, 132).split == 8  # 32 tiles for 132 multiprocessors
-    for shape in tune.SHAPES:
-        how = tuning.default(4, shape, 1, 132)
+    assert gpu_table.default(4, (4096, 4096), 1, 132).split == 8  # 32 tiles for 132 multiprocessors
+    for shape in gpu_tune.SHAPES:
+        how = gpu_table.default(4, shape, 1, 132)
         waves = shape[0] / 128 * how.split / (2 * 132)
         assert waves / -(-waves // 1) > 0.75
-    assert tuning.default(4, (4096, 4096), 4096, 132).path == "scratch"
-    assert tuning.default(3, (4096, 4096), 32, 84, 99 << 10).stages == 3  # four do not fit a consumer GPU's shared memory
-    assert tuning.default(3, (4096, 4096), 100, 84, 99 << 10).BM == 64
+    assert gpu_table.default(4, (4096, 4096), 4096, 132).path == "scratch"
+    assert gpu_table.default(3, (4096, 4096), 32, 84, 99 << 10).stages == 3  # four do not fit a consumer GPU's shared memory
+    assert gpu_table.default(3, (4096, 4096), 100, 84, 99 << 10).BM == 64
     for M in (1, 17, 64, 65, 512, 4096):
-        for how in tuning.candidates(4, M):
-            tuning.choice(json.loads(json.dumps({f: getattr(how, f) for f in Choice.__slots__})))
+        for how in gpu_table.candidates(4, M):
+            gpu_table.choice(json.loads(json.dumps({f: getattr(how, f) for f in Choice.__slots__})))
     with pytest.raises(ValueError, match="cannot be run"):
-        tuning.choice({"path": "fused", "BM": 17})
+        gpu_table.choice({"path": "fused", "BM": 17})
 
 
 def test_weights_for_timing_are_laid_out_as_prepared_ones() -> None:
     for bits in (2, 3, 4, 8):
-        made = tune.random_weight(256, 512, bits, 128, False, torch.float16, torch.device("cpu"))
+        made = gpu_tune.random_weight(256, 512, bits, 128, False, torch.float16, torch.device("cpu"))
         real = int_grouped.prepare(*random_weight(256, 512, bits, 128, False, torch.float16), torch.float16).gpu
         assert real is not None
         for name in ("words", "stats", "locks"):

@@ -180,14 +180,13 @@ void product_in_words(const Masked& w, const Call& c) {
     __builtin_memcpy(x + m * stride, static_cast<const uint16_t*>(c.x) + m * c.stride, 2 * w.K);
     __builtin_memset(x + m * stride + w.K, 0, 2 * (stride - w.K));
   }
-#pragma omp parallel for num_threads(c.threads) schedule(static)
-  for (int64_t pair = 0; pair < pairs; pair++) {
+  each(c.threads, pairs, [&](int64_t pair) {
     int64_t m = 0;
     for (; m + 8 <= count; m += 8) word_rows<8>(w, c, x, stride, m, 2 * pair);
     if (m + 4 <= count) word_rows<4>(w, c, x, stride, m, 2 * pair), m += 4;
     if (m + 2 <= count) word_rows<2>(w, c, x, stride, m, 2 * pair), m += 2;
     if (m < count) word_rows<1>(w, c, x, stride, m, 2 * pair);
-  }
+  });
 }
 
 #endif
@@ -264,16 +263,15 @@ extern "C" int CC_NAME(cc_masked)(const Masked* weight, const Call* call) {
   }
 #endif
   const int64_t count = c.M, pairs = (w.N + 1) / 2;
-#pragma omp parallel for num_threads(c.threads) schedule(static) if (count > 8)
-  for (int64_t m = 0; m < count; m++)
+  each(count > 8 ? c.threads : 1, count, [&](int64_t m) {
     for (int64_t k = 0; k < stride; k++) x[m * stride + k] = k < w.K ? load_one(c.x, m * c.stride + k, c.type) : 0.0f;
-#pragma omp parallel for num_threads(c.threads) schedule(static)
-  for (int64_t pair = 0; pair < pairs; pair++) {
+  });
+  each(c.threads, pairs, [&](int64_t pair) {
     int64_t m = 0;
     for (; m + 8 <= count; m += 8) rows<8>(w, c, x, stride, m, 2 * pair);
     if (m + 4 <= count) rows<4>(w, c, x, stride, m, 2 * pair), m += 4;
     if (m + 2 <= count) rows<2>(w, c, x, stride, m, 2 * pair), m += 2;
     if (m < count) rows<1>(w, c, x, stride, m, 2 * pair);
-  }
+  });
   return CC_OK;
 }

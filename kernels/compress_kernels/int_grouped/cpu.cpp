@@ -198,6 +198,10 @@ template <int bits, int MR> void tile_exact(const IntGrouped& w, const Inputs& i
 
 // adds the outliers and writes one row of x's 16 outputs
 void finish(const IntGrouped& w, const Call& c, int64_t tile, int64_t m, const F* y) {
+  if (c.type == F32 && !w.indptr && (tile + 1) * ROWS <= w.N) {
+    for (int h = 0; h < HALVES; h++) store_f(static_cast<float*>(c.y) + m * w.N + tile * ROWS + h * LANES, y[h]);
+    return;
+  }
   float out[ROWS];
   for (int h = 0; h < HALVES; h++) store_f(out + h * LANES, y[h]);
   const int64_t first = tile * ROWS, rows = w.N - first < ROWS ? w.N - first : ROWS;
@@ -218,14 +222,13 @@ template <int bits, int MR> void rows_of_x(const IntGrouped& w, const Call& c, c
 
 template <int bits> void product(const IntGrouped& w, const Call& c, const Inputs& in) {
   const int64_t tiles = (w.N + ROWS - 1) / ROWS;
-#pragma omp parallel for num_threads(c.threads) schedule(static)
-  for (int64_t tile = 0; tile < tiles; tile++) {
+  each(c.threads, tiles, [&](int64_t tile) {
     int64_t m = 0;
     for (; m + 8 <= c.M; m += 8) rows_of_x<bits, 8>(w, c, in, tile, m);
     if (m + 4 <= c.M) rows_of_x<bits, 4>(w, c, in, tile, m), m += 4;
     if (m + 2 <= c.M) rows_of_x<bits, 2>(w, c, in, tile, m), m += 2;
     if (m < c.M) rows_of_x<bits, 1>(w, c, in, tile, m);
-  }
+  });
 }
 
 }  // namespace
@@ -245,12 +248,10 @@ extern "C" int CC_NAME(cc_int_grouped)(const IntGrouped* weight, const Call* cal
   if (c.workspace_bytes < bytes) return CC_SMALL_WORKSPACE;
   float* at = static_cast<float*>(c.workspace);
   const Inputs in = {at, at + scales, at + scales + sums};
-  const int64_t rows = c.M;
-#pragma omp parallel for num_threads(c.threads) schedule(static) if (rows > 8)
-  for (int64_t m = 0; m < rows; m++) {
+  each(c.M > 8 ? c.threads : 1, c.ready ? 0 : c.M, [&](int64_t m) {
     if (w.exact) widen_row(w, c, m, in);
     else quantize(w, c, m, in);
-  }
+  });
   switch (w.bits) {
     case 2: product<2>(w, c, in); break;
     case 3: product<3>(w, c, in); break;

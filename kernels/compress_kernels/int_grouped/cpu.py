@@ -35,6 +35,10 @@ class Weight:
     outliers: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None  # indptr int64, index int32, value
     job: Any = field(default=None, compare=False, repr=False)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has tensors, and so pointers, of its own."""
+        return make, (self.codes, self.scale, self.zero, self.outliers, self.shape, self.bits, self.exact)
+
 
 def can_run(bits: int, group_size: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
     """None, or the reason why this path cannot serve a weight of `shape` (O, I) and activations of `dtype`."""
@@ -93,11 +97,13 @@ def prepare(
 ) -> Weight:  # fmt: skip
     """Repack words (O, K), scale (O, G), zero (O, G) uint8 or None; outliers are CSR parts as the artifact has them."""
     O, I = shape
-    pieces, own = [], width(bits, I // scale.shape[1])
+    own, tiles = width(bits, I // scale.shape[1]), -(-O // TILE)
+    codes, done = torch.empty(tiles * TILE * I * own // 8, dtype=torch.uint8), 0
     for part in words.split(_ROWS):
         q = bitpack.unpack(part, bits, I)
-        pieces.append(pack(torch.nn.functional.pad(q, (0, 0, 0, -len(q) % TILE)), own))
-    tiles = -(-O // TILE)
+        piece = pack(torch.nn.functional.pad(q, (0, 0, 0, -len(q) % TILE)), own)
+        codes[done : done + len(piece)] = piece
+        done += len(piece)
     if zero is None and own != bits:
         zero = torch.full(scale.shape, 1 << (bits - 1), dtype=torch.uint8)
     if scale.dtype not in native.TYPES:
@@ -107,7 +113,7 @@ def prepare(
         indptr, index, value = outliers
         csr = indptr.to(torch.int64).contiguous(), index.to(torch.int32).contiguous(), value.contiguous()
     return make(
-        torch.cat(pieces), _tiled(scale, tiles), None if zero is None else _tiled(zero, tiles), csr, shape, own, exact
+        codes, _tiled(scale, tiles), None if zero is None else _tiled(zero, tiles), csr, shape, own, exact
     )  # fmt: skip
 
 

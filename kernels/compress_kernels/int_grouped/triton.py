@@ -2,7 +2,7 @@
 
 Few rows of x: one launch decodes the weight into the tensor cores' registers and multiplies; the columns are split over
 programs where the outputs alone would not fill the GPU. Many: the weight is decoded into a scratch buffer, a slab of rows at a
-time so that it stays in the L2 cache, and the vendor's product runs on it. `tuning` says which, from a table per device. The
+time so that it stays in the L2 cache, and the vendor's product runs on it. `gpu_table` says which, from a table per device. The
 result is the product with (q - z) · scale in fp32, rounded once: as near to fp64 as `F.linear` with an unrounded weight.
 
 A launch counts arrivals in the weight's own counters, so one weight must not run on two streams at a time.
@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from compress_kernels import backend, gpu_table
 from compress_kernels import bits as bitpack
-from compress_kernels import tuning
 
 TILE = 128  # rows of a tile, as in device.py
 _FIELDS = {2: 8, 3: 16, 4: 4, 8: 2}
@@ -92,8 +92,9 @@ def can_run(bits: int, group_size: int, shape: tuple[int, int], dtype: torch.dty
     return None
 
 
-def refused(why: str | None, chosen: str | None, exact: bool) -> str | None:
+def refused(why: str | None, exact: bool) -> str | None:
     """`can_run`'s reason, or the wish that stands against this path: COMPRESS_BACKEND's, or exact results."""
+    chosen = backend("triton", "cpu", "cpu-exact", "int4pack", "tiled")
     if why is None and chosen not in (None, "triton"):
         return f"COMPRESS_BACKEND is {chosen}"
     return "exact results were asked for" if why is None and exact and chosen is None else why
@@ -163,7 +164,7 @@ def _product(x: torch.Tensor, w: Weight, bias: torch.Tensor | None) -> torch.Ten
         flat = flat.contiguous()
     y = flat.new_empty(len(flat), O)
     if flat.shape[0] and O:
-        how = tuning.choose(w.bits, w.group, w.shape, len(flat), flat.device)
+        how = gpu_table.choose(w.bits, w.group, w.shape, len(flat), flat.device)
         if flat.is_cuda and flat.device.index != torch.cuda.current_device():
             with torch.cuda.device(flat.device):
                 run(flat, w, bias, y, how)
@@ -172,7 +173,7 @@ def _product(x: torch.Tensor, w: Weight, bias: torch.Tensor | None) -> torch.Ten
     return y.view(*x.shape[:-1], O)
 
 
-def run(x: torch.Tensor, w: Weight, bias: torch.Tensor | None, y: torch.Tensor, how: tuning.Choice) -> None:
+def run(x: torch.Tensor, w: Weight, bias: torch.Tensor | None, y: torch.Tensor, how: gpu_table.Choice) -> None:
     """Write x (M, I) Wᵀ + bias to y (M, O), as `how` says. M > 0, and x's columns lie together."""
     if how.path == "scratch":
         _through_scratch(x, w, bias, y, how)
@@ -187,7 +188,7 @@ def _decoder(dtype: torch.dtype) -> int:
     return 1 if interpreted() else 0
 
 
-def _fused(x: torch.Tensor, w: Weight, bias: torch.Tensor | None, y: torch.Tensor, how: tuning.Choice) -> None:
+def _fused(x: torch.Tensor, w: Weight, bias: torch.Tensor | None, y: torch.Tensor, how: gpu_table.Choice) -> None:
     code: Any = device_code()
     (M, K), N = x.shape, w.shape[0]
     NP, KT = w.stats.shape[1], w.words.shape[1]
@@ -225,7 +226,7 @@ def dequantize(w: Weight, first: int, out: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _through_scratch(x: torch.Tensor, w: Weight, bias: torch.Tensor | None, y: torch.Tensor, how: tuning.Choice) -> None:
+def _through_scratch(x: torch.Tensor, w: Weight, bias: torch.Tensor | None, y: torch.Tensor, how: gpu_table.Choice) -> None:
     O, I = w.shape
     rows = max(1, how.slab // (x.element_size() * I * TILE)) * TILE if how.slab else O
     scratch = x.new_empty(min(rows, O), I)

@@ -8,9 +8,12 @@ fewest. Where the columns of a product are split over programs, these share the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from compress_kernels.int_grouped import triton as int_grouped
+from compress_kernels.int_grouped_outliers import reference
 
 TILE = int_grouped.TILE
 STEP, RUN = 8, 256
@@ -73,3 +76,11 @@ def prepare(indptr: torch.Tensor, index: torch.Tensor, value: torch.Tensor, shap
         runs,
         value.dtype == torch.bfloat16,
     )
+
+
+def weight(
+    tensors: Mapping[str, torch.Tensor], words: torch.Tensor, zero: torch.Tensor | None, shape: tuple[int, int], bits: int
+) -> int_grouped.Weight:
+    """The kernel's weight (O, I) from an artifact's tensors; zero (O, G) uint8 or None."""
+    side = prepare(tensors["outlier_indptr"], tensors["outlier_index"], tensors["outlier_value"], shape)
+    return int_grouped.prepare(words, reference.stored_scales(tensors, shape[0]), zero, shape, bits, side)

@@ -23,6 +23,7 @@ class Prepared:
     path: str
     tensors: Mapping[str, torch.Tensor]  # A, B, W_s in the activations' dtype, columns int64
     params: Mapping[str, Any]
+    spare: bool = True  # the artifact's tensors need not stay in memory
 
 
 def prepare(

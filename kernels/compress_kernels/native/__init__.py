@@ -20,7 +20,7 @@ from compress_kernels import BackendError
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
 ISAS = ("scalar", "avx2", "avx512", "avx512-bf16")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -60,6 +60,7 @@ class Call(ctypes.Structure):
     _fields_ = (
         ("M", _i64), ("stride", _i64), ("type", _i32), ("threads", _i32),
         ("x", _p), ("y", _p), ("workspace", _p), ("workspace_bytes", _i64),
+        ("ready", _i32), ("unused", _i32),
     )  # fmt: skip
 
 
@@ -87,10 +88,16 @@ def missing() -> str | None:
     return found if isinstance(found, str) else None
 
 
+def loaded() -> ctypes.CDLL:
+    """The library; only where nothing is `missing`."""
+    library = _load()
+    assert not isinstance(library, str), library
+    return library
+
+
 @functools.cache
 def _isa(asked: str) -> int:
-    library = _load()
-    assert not isinstance(library, str)
+    library = loaded()
     have = int(library.cc_isa())
     if not asked:
         return have

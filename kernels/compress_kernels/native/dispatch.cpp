@@ -4,7 +4,9 @@
 #define CC_DECLARE(isa)                                                            \
   extern "C" int cc_int_grouped_isa##isa(const IntGrouped* w, const Call* c);      \
   extern "C" int cc_masked_isa##isa(const Masked* w, const Call* c);              \
-  extern "C" int cc_masked_rows_isa##isa(const Masked* w, int64_t first, int64_t count, int type, void* out, int threads);
+  extern "C" int cc_masked_rows_isa##isa(const Masked* w, int64_t first, int64_t count, int type, void* out, int threads); \
+  extern "C" int cc_decode_isa##isa(const Decoder* decoder, const Step* step);     \
+  extern "C" int64_t cc_decode_bytes_isa##isa(const Decoder* decoder, const Step* step);
 
 CC_DECLARE(0)
 #if defined(__x86_64__)
@@ -45,5 +47,11 @@ CC_EXPORT int cc_masked(int isa, const Masked* w, const Call* c) { CC_DISPATCH(c
 CC_EXPORT int cc_masked_rows(int isa, const Masked* w, int64_t first, int64_t count, int type, void* out, int threads) {
   CC_DISPATCH(cc_masked_rows, w, first, count, type, out, threads);
 }
+
+// one token through a whole model; a step of no rows only looks whether the decoder can be run
+CC_EXPORT int cc_decode(int isa, const Decoder* decoder, const Step* step) { CC_DISPATCH(cc_decode, decoder, step); }
+
+// how many bytes of workspace a step needs
+CC_EXPORT int64_t cc_decode_bytes(int isa, const Decoder* decoder, const Step* step) { CC_DISPATCH(cc_decode_bytes, decoder, step); }
 
 }  // extern "C"

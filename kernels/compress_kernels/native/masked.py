@@ -32,6 +32,10 @@ class Weight:
     zero: torch.Tensor | None  # (O, G) uint8
     job: Any = field(default=None, compare=False, repr=False)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has tensors, and so pointers, of its own."""
+        return make, (self.mask, self.start, self.values, self.scale, self.zero, self.shape, self.group_size)
+
 
 def can_run(dtype: torch.dtype, device: torch.device) -> str | None:
     """None, or the reason why the library cannot serve a masked weight and activations of `dtype`."""

@@ -1,4 +1,4 @@
-"""Times every way worth trying on the GPU at hand and writes its table (`tuning`). Nothing here runs while a model is served."""
+"""Times every way worth trying on the GPU at hand and writes its table (`gpu_table`). Nothing here runs while a model is served."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from compress_kernels import tuning
+from compress_kernels import gpu_table
 from compress_kernels.int_grouped import triton as int_grouped
 
 SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (14336, 4096))  # Llama-3-8B, q/k/v and gate/up as one
@@ -78,7 +78,7 @@ def graph_times(calls: Sequence[Callable[[], object]], seconds: float = 0.2, lea
     return times[1:]
 
 
-def _timed(weights: Sequence[int_grouped.Weight], x: torch.Tensor, how: tuning.Choice) -> float:
+def _timed(weights: Sequence[int_grouped.Weight], x: torch.Tensor, how: gpu_table.Choice) -> float:
     y = x.new_empty(len(x), weights[0].shape[0])
     return statistics.median(graph_times([partial(int_grouped.run, x, w, None, y, how) for w in weights], 0.05))
 
@@ -97,8 +97,8 @@ def measure(
         x = torch.randn(M, I, device=device).to(dtype)
         y = x.new_empty(M, O)
         theirs = statistics.median(graph_times([partial(torch.mm, x, W.T, out=y) for W in dense], 0.05))
-        found: list[tuple[float, tuning.Choice]] = []
-        for how in tuning.candidates(bits, M):
+        found: list[tuple[float, gpu_table.Choice]] = []
+        for how in gpu_table.candidates(bits, M):
             try:
                 found.append((_timed(weights, x, how), how))
             except Exception as error:  # a candidate may need more shared memory than there is
@@ -115,13 +115,13 @@ def tune(
 ) -> Path:  # fmt: skip
     """Measure and write the table of the current CUDA device; rows of other widths, groups and shapes in it are kept.
 
-    `path` is `tuning.user_table` unless given. Raises RuntimeError where there is no CUDA device.
+    `path` is `gpu_table.user_table` unless given. Raises RuntimeError where there is no CUDA device.
     """
     if not torch.cuda.is_available():
         raise RuntimeError("there is no CUDA device to measure on")
     name = torch.cuda.get_device_name()
-    path = path or tuning.user_table(name)
-    old = tuning.read(path)["rows"] if path.is_file() else []
+    path = path or gpu_table.user_table(name)
+    old = gpu_table.read(path)["rows"] if path.is_file() else []
     new: list[dict[str, Any]] = []
     for width in bits:
         for group in groups:
@@ -135,13 +135,13 @@ def tune(
 
 def write(path: Path, device: str, old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> Path:
     """Write a table: `new`, and what `old` has of other weights. The file is replaced as a whole."""
-    measured = {tuning.key(row) for row in new}
-    rows = [row for row in old if tuning.key(row) not in measured] + list(new)
+    measured = {gpu_table.key(row) for row in new}
+    rows = [row for row in old if gpu_table.key(row) not in measured] + list(new)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     body = ",\n  ".join(json.dumps(row) for row in rows)
     text = f'{{\n"device": {json.dumps(device)},\n"torch": {json.dumps(torch.__version__)},\n"rows": [\n  {body}\n]\n}}\n'
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
-    tuning.forget()
+    gpu_table.forget()
     return path

@@ -41,7 +41,7 @@ def slug(device: str) -> str:
 
 
 def user_table(device: str) -> Path:
-    """Where `compress bench tune` writes: COMPRESS_GPU_TABLE, or the user's cache folder."""
+    """Where `gpu_tune` writes: COMPRESS_GPU_TABLE, or the user's cache folder."""
     chosen = os.environ.get("COMPRESS_GPU_TABLE")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(chosen) if chosen else cache / "llm-compress" / "gpu" / f"{slug(device)}.json"
@@ -55,7 +55,7 @@ def read(path: Path) -> dict[str, Any]:
             key(row)
             choice(row)
     except (KeyError, TypeError, ValueError) as error:
-        hint = "remove it, or write it again with `compress bench tune`"
+        hint = "remove it, or write it again with `benchmarks/gpu.sh --tune`"
         raise ValueError(f"{path} is no table of GPU kernels ({error}): {hint}") from error
     return dict(table)
 
