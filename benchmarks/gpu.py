@@ -77,7 +77,10 @@ def facts(dry: bool) -> dict[str, Any]:
     import triton as compiler
 
     def git(*command: str) -> str:
-        done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+        except OSError:  # no git there: COMMIT says it
+            return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
     commit = git("rev-parse", "HEAD") or os.environ.get("COMMIT", "unknown")
