@@ -86,10 +86,8 @@ def prune(
         if getattr(first, name):
             raise CompressError(f"{name} is not an option of prune", hint="compress.quantize has it", usage=True)
     if then_bits is None:
-        if first.lm_head_bits is not None:
-            raise CompressError("--lm-head-bits goes with --then-bits here", hint="add --then-bits 4", usage=True)
         return _compress(model, method, out, "prune", first)
-    first = dataclasses.replace(first, lm_head_bits=None)
+    first = dataclasses.replace(first, lm_head_bits=None, lm_head_only=False)
     ready, second = _prepare(model, method, "prune", first), _second(common, then_bits, then_group_size)
     then = _second_job(model, then_method, second, ready.job)
     calib = _calibrate(then, dataset, second) if then.needs_text else None
@@ -247,7 +245,7 @@ def dry_run(model: str | Path, method: str, *, verb: str = "quantize", **options
     if verb == "prune":  # a factorization quantizes in the same step: its own options
         then_bits = options.pop("then_bits", None)
         then_method, then_group_size = options.pop("then_method", then_method), options.pop("then_group_size", then_group_size)
-    ask = _ask(options if then_bits is None else options | {"lm_head_bits": None})  # the quantization's
+    ask = _ask(options if then_bits is None else options | {"lm_head_bits": None, "lm_head_only": False})  # the quantization's
     job = prepare(model, method, verb, ask)
     first = _estimate(job, ask)
     if then_bits is None:

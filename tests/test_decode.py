@@ -318,6 +318,17 @@ def test_calls_that_ask_for_more_take_the_models_own_path() -> None:
     assert calls[0] == 11
 
 
+def test_texts_that_are_written_at_the_same_time_do_not_mix() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = model_of(CONFIGS["llama"]())
+    prompts = [ids_of(1, n) for n in (5, 9, 14)]
+    alone = [greedy(model, ids, True, do_sample=False) for ids in prompts]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda ids: greedy(model, ids, True, do_sample=False), prompts * 3))
+    assert all(map(torch.equal, together, alone * 3))
+
+
 def test_a_hole_in_the_mask_takes_the_models_own_path() -> None:
     model = model_of(CONFIGS["llama"]())
     ids, calls = ids_of(1, 8), counted(model)

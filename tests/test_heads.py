@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import EXAMPLE, STOCK_LOGITS, VALID, Outcome, python, tree
+from safetensors.torch import load_file, save_file
 
 import compress
+from compress import audit
 from compress.checkpoint.reader import CheckpointReader
 from compress.errors import CompressError
 from compress.formats import int_grouped
@@ -70,6 +72,17 @@ def test_every_integer_method_rounds_them_and_the_dense_artifact_holds_the_same_
     assert set(heads) == ({TABLE, HEAD} if method == "rsq" else {TABLE})  # a rotation unties
     assert all(entry["params"]["bits"] == 8 and 0 < entry["error"] < 0.01 for entry in heads.values())
     assert torch.equal(logits(tmp_path / "pack-quantized"), logits(tmp_path / "dense"))
+    for form in ("pack-quantized", "dense"):
+        assert audit.verify(tmp_path / form) == []
+        assert audit.verify_deep(tmp_path / form, source) == []
+    spoil(tmp_path / "pack-quantized" / "model.safetensors", f"{TABLE}.weight_scale")
+    assert audit.verify_deep(tmp_path / "pack-quantized", source) != []
+
+
+def spoil(file: Path, name: str) -> None:
+    """Make one tensor of a file twice what it was."""
+    tensors = load_file(file)
+    save_file({**tensors, name: tensors[name] * 2}, file, {"format": "pt"})
 
 
 @pytest.mark.parametrize(("bits", "symmetric", "head"), [(4, True, True), (4, False, False), (8, False, True), (8, True, True)])
@@ -230,6 +243,7 @@ def test_pruned_and_factorized_models_have_rounded_heads_too(pico: Callable[...,
     ("options", "why"),
     [
         ({"lm_head_bits": 5}, "5 is not supported"),
+        ({"lm_head_only": True}, "goes with --lm-head-bits"),
         ({"lm_head_bits": 8, "format": "awq"}, "keeps the head dense"),
         ({"lm_head_bits": 8, "lm_head_only": True, "tied": True}, "are one tensor"),
     ],

@@ -4,10 +4,10 @@
 //   x += down(silu(gate(n)) up(n)), n = norm_mid(x)
 //   y  = head(norm(x))
 //
-// All threads run the whole token, in one parallel region. Each computes its share of every product's output rows, by the kernels of
-// int_grouped and bitmask (or a dense one, below), and its share of the heads; five barriers per block keep them in step. What is cheap
-// (norms, rounding x to int8) every thread does for itself, which saves a barrier. All is fp32 but what a kernel rounds x to, and
-// the cache.
+// All threads run the whole token, in one parallel region, in five phases per block. A phase is pieces of output rows of products, by the
+// kernels of int_grouped and bitmask (or a dense one, below), or of heads. Threads take the pieces as they come, and a phase ends
+// when its pieces are done, not when all threads have arrived: one that the system holds back holds nobody up unless in a piece.
+// What is cheap (norms, rounding x to int8) every thread does for itself. All is fp32 but what a kernel rounds x to, and the cache.
 #include "../native/jobs.h"
 #include "../native/vec.h"
 #include "attention.h"
@@ -15,12 +15,12 @@
 extern "C" int CC_NAME(cc_int_grouped)(const IntGrouped* weight, const Call* call);
 extern "C" int CC_NAME(cc_masked)(const Masked* weight, const Call* call);
 extern "C" int omp_get_thread_num();
-extern "C" int omp_get_num_threads();
+extern "C" int sched_yield();
 
 namespace CC_NAME(cc) {
 namespace {
 
-constexpr int64_t UNIT = 16;  // rows that threads share out
+constexpr int64_t UNIT = 16, PIECE = 1 << 17, MOST = 8;  // rows of a tile; weights of a piece; pieces for each thread
 
 // -- products ---------------------------------------------------------------------------------------------------------
 
@@ -73,11 +73,48 @@ template <int type> void dense(const Linear& l, int64_t M, const float* x, int64
   }
 }
 
+struct Phase { int32_t taken, done; };  // pieces
+
 struct Room {  // a thread's own
   float *x, *y, *scores;
   void* kernel;
   int64_t kernel_bytes;
+  Phase* phase;
+  const Linear* held;  // whose x is in `kernel`, or null
+  bool normed;         // whether this phase's norm is in `x`
+  int code;
 };
+
+struct Piece {  // of a phase
+  int64_t at, of;
+  inline int64_t from(int64_t items) const { return items * at / of; }
+  inline int64_t to(int64_t items) const { return items * (at + 1) / of; }
+};
+
+inline void wait(int64_t turns) {
+  if (turns % 4096 == 4095) sched_yield();
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// The next phase, in so many pieces
+template <class Work> void share(Room& room, int64_t pieces, const Work& work) {
+  Phase& phase = *room.phase++;
+  room.held = nullptr, room.normed = false;
+  for (;;) {
+    const int32_t at = __atomic_fetch_add(&phase.taken, 1, __ATOMIC_RELAXED);
+    if (at >= pieces) break;
+    work(Piece{at, pieces});
+    __atomic_fetch_add(&phase.done, 1, __ATOMIC_ACQ_REL);
+  }
+  for (int64_t turns = 0; __atomic_load_n(&phase.done, __ATOMIC_ACQUIRE) < pieces; turns++) wait(turns);
+}
+
+inline int64_t pieces_of(int64_t weights, int threads) {
+  const int64_t wanted = weights / PIECE;
+  return threads == 1 ? 1 : wanted < threads ? threads : wanted > MOST * threads ? MOST * threads : wanted;
+}
 
 int64_t kernel_bytes(const Linear& l, int64_t M) {
   if (l.kind == CC_MASKED) return 4 * M * ((l.K + 15) / 16 * 16);
@@ -111,12 +148,6 @@ int product(const Linear& l, int64_t M, const float* x, int64_t begin, int64_t e
   return code;
 }
 
-struct Team {
-  int thread, threads;
-  inline int64_t from(int64_t items) const { return items * thread / threads; }
-  inline int64_t to(int64_t items) const { return items * (thread + 1) / threads; }
-};
-
 // whether two linears read the same x in the same form
 bool alike(const Linear& a, const Linear& b) {
   if (a.kind != CC_INTS || b.kind != CC_INTS) return false;
@@ -124,23 +155,24 @@ bool alike(const Linear& a, const Linear& b) {
   return v.exact == w.exact && (v.exact ? v.group == w.group : v.sub == w.sub);
 }
 
-struct Rows {  // of a linear, one thread's
+struct Rows {  // of a linear, a piece's
   int64_t begin, end;
-  inline Rows(int64_t N, const Team& team) {
-    const int64_t units = (N + UNIT - 1) / UNIT, stop = team.to(units) * UNIT;
-    begin = team.from(units) * UNIT, end = stop < N ? stop : N;
+  inline Rows(int64_t N, const Piece& piece) {
+    const int64_t units = (N + UNIT - 1) / UNIT, stop = piece.to(units) * UNIT;
+    begin = piece.from(units) * UNIT, end = stop < N ? stop : N;
   }
   inline int64_t count() const { return end - begin; }
 };
 
-// This thread's rows of y [M][N] = (add ? y : 0) + x Wᵀ + bias; `before` has just been given the same x, or is null
-int linear(const Linear& l, const Linear* before, int64_t M, const float* x, float* y, bool add, const Team& team, const Room& room) {
-  const Rows rows(l.N, team);
+// A piece's rows of y [M][N] = (add ? y : 0) + x Wᵀ + bias; x is the same for all pieces and linears of a phase
+void linear(const Linear& l, int64_t M, const float* x, float* y, bool add, const Piece& piece, Room& room) {
+  const Rows rows(l.N, piece);
   const int64_t count = rows.count();
-  if (count <= 0) return CC_OK;
-  const bool direct = M == 1 && !add, ready = before && alike(*before, l) && Rows(before->N, team).count() > 0;
+  if (count <= 0) return;
+  const bool direct = M == 1 && !add;
   float* part = direct ? y + rows.begin : room.y;
-  const int code = product(l, M, x, rows.begin, rows.end, part, ready, room);
+  room.code |= product(l, M, x, rows.begin, rows.end, part, room.held && alike(*room.held, l), room);
+  room.held = l.kind == CC_INTS ? &l : l.kind == CC_MASKED ? nullptr : room.held;
   for (int64_t m = 0; m < M; m++) {
     float *from = part + m * count, *to = y + m * l.N + rows.begin;
     if (l.bias)
@@ -149,7 +181,6 @@ int linear(const Linear& l, const Linear* before, int64_t M, const float* x, flo
       for (int64_t i = 0; i < count; i++) to[i] += from[i];
     else if (!direct) __builtin_memcpy(to, from, 4 * count);
   }
-  return code;
 }
 
 // -- the token --------------------------------------------------------------------------------------------------------
@@ -160,19 +191,19 @@ struct Shared {  // what the threads exchange, [B][…] each
 
 inline int64_t places(const Step& s) { return (s.capacity + 1 + LANES - 1) / LANES * LANES; }
 
-// this thread's heads: keys and values to the cache, attention to shared.mixed
-void heads(const Decoder& d, const Block& b, const Step& s, int64_t block, const Shared& shared, const Team& team, const Room& room) {
+// a piece's heads: keys and values to the cache, attention to shared.mixed
+void heads(const Decoder& d, const Block& b, const Step& s, int64_t block, const Shared& shared, const Piece& piece, const Room& room) {
   const int64_t head = d.head_dim, repeats = d.heads / d.kv_heads, size = size_of(d.cache_type), row = head * size;
-  const int64_t half = s.B * d.kv_heads * s.capacity * row, end = team.to(s.B * d.heads);
+  const int64_t half = s.B * d.kv_heads * s.capacity * row, end = piece.to(s.B * d.heads);
   float turned[HEAD], q[TOGETHER * HEAD];
   char key[HEAD * 4], value[HEAD * 4];
-  for (int64_t i = team.from(s.B * d.heads); i < end;) {
+  for (int64_t i = piece.from(s.B * d.heads); i < end;) {
     const int64_t m = i / d.heads, h = i % d.heads, g = h / repeats, at = m * d.kv_heads + g;
     const float *cos = s.cos + m * head / 2, *sin = s.sin + m * head / 2;
     char* keys = static_cast<char*>(s.cache[block]) + at * s.capacity * row;
     turn(shared.k + at * head, b.norm_k, d, cos, sin, turned);
     for (int64_t j = 0; j < head; j++) store_one(key, j, d.cache_type, turned[j]), store_one(value, j, d.cache_type, shared.v[at * head + j]);
-    if (h % repeats == 0) {  // no thread reads these places before the next token
+    if (h % repeats == 0) {  // nobody reads these places before the next token
       __builtin_memcpy(keys + s.slot * row, key, row);
       __builtin_memcpy(keys + half + s.slot * row, value, row);
     }
@@ -190,13 +221,16 @@ void heads(const Decoder& d, const Block& b, const Step& s, int64_t block, const
   }
 }
 
-void norms(const Decoder& d, const Step& s, const void* weight, const float* x, float* out) {
-  for (int64_t m = 0; m < s.B; m++) rms_norm(x + m * d.D, weight, d.norm_type, d.D, d.eps, out + m * d.D);
+const float* normed(const Decoder& d, const Step& s, const void* weight, const Shared& shared, Room& room) {
+  for (int64_t m = 0; m < s.B && !room.normed; m++)
+    rms_norm(shared.x + m * d.D, weight, d.norm_type, d.D, d.eps, room.x + m * d.D);
+  room.normed = true;
+  return room.x;
 }
 
-// this thread's part of silu(gate) up, in the place of gate; its rows are those that `linear` gave it
-void gated(const Decoder& d, const Step& s, const Shared& shared, const Team& team) {
-  const Rows rows(d.inner, team);
+// a piece of silu(gate) up, in the place of gate
+void gated(const Decoder& d, const Step& s, const Shared& shared, const Piece& piece) {
+  const Rows rows(d.inner, piece);
   for (int64_t m = 0; m < s.B; m++) {
     float* gate = shared.gate + m * d.inner;
     const float* up = shared.up + m * d.inner;
@@ -204,30 +238,32 @@ void gated(const Decoder& d, const Step& s, const Shared& shared, const Team& te
   }
 }
 
-int token(const Decoder& d, const Step& s, const Shared& shared, const Team& team, const Room& room) {
-  const int64_t M = s.B;
-  int code = CC_OK;
+void token(const Decoder& d, const Step& s, const Shared& shared, Room& room) {
+  const int64_t M = s.B, Q = d.heads * d.head_dim, items = M * d.heads;
+  const int64_t qkv = pieces_of(d.D * (Q + 2 * d.kv_heads * d.head_dim), s.threads), out = pieces_of(d.D * Q, s.threads);
+  const int64_t gate_up = pieces_of(2 * d.D * d.inner, s.threads), down = pieces_of(d.D * d.inner, s.threads);
+  const int64_t some = s.threads == 1 ? 1 : items < 2 * s.threads ? items : 2 * s.threads;
   for (int64_t i = 0; i < d.blocks; i++) {
     const Block& b = d.block[i];
-    norms(d, s, b.norm_in, shared.x, room.x);
-    code |= linear(b.q, nullptr, M, room.x, shared.q, false, team, room);
-    code |= linear(b.k, &b.q, M, room.x, shared.k, false, team, room);
-    code |= linear(b.v, &b.k, M, room.x, shared.v, false, team, room);
-#pragma omp barrier
-    heads(d, b, s, i, shared, team, room);
-#pragma omp barrier
-    code |= linear(b.o, nullptr, M, shared.mixed, shared.x, true, team, room);
-#pragma omp barrier
-    norms(d, s, b.norm_mid, shared.x, room.x);
-    code |= linear(b.gate, nullptr, M, room.x, shared.gate, false, team, room);
-    code |= linear(b.up, &b.gate, M, room.x, shared.up, false, team, room);
-    gated(d, s, shared, team);
-#pragma omp barrier
-    code |= linear(b.down, nullptr, M, shared.gate, shared.x, true, team, room);
-#pragma omp barrier
+    share(room, qkv, [&](const Piece& piece) {
+      const float* x = normed(d, s, b.norm_in, shared, room);
+      linear(b.q, M, x, shared.q, false, piece, room);
+      linear(b.k, M, x, shared.k, false, piece, room);
+      linear(b.v, M, x, shared.v, false, piece, room);
+    });
+    share(room, some, [&](const Piece& piece) { heads(d, b, s, i, shared, piece, room); });
+    share(room, out, [&](const Piece& piece) { linear(b.o, M, shared.mixed, shared.x, true, piece, room); });
+    share(room, gate_up, [&](const Piece& piece) {
+      const float* x = normed(d, s, b.norm_mid, shared, room);
+      linear(b.gate, M, x, shared.gate, false, piece, room);
+      linear(b.up, M, x, shared.up, false, piece, room);
+      gated(d, s, shared, piece);
+    });
+    share(room, down, [&](const Piece& piece) { linear(b.down, M, shared.gate, shared.x, true, piece, room); });
   }
-  norms(d, s, d.norm, shared.x, room.x);
-  return code | linear(d.head, nullptr, M, room.x, s.y, false, team, room);
+  share(room, pieces_of(d.D * d.head.N, s.threads), [&](const Piece& piece) {
+    linear(d.head, M, normed(d, s, d.norm, shared, room), s.y, false, piece, room);
+  });
 }
 
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -235,7 +271,8 @@ inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 struct Sizes {  // bytes
-  int64_t shared, x, y, scores, kernel, narrow;
+  int64_t phases, shared, x, y, scores, kernel, narrow;
+  inline int64_t common() const { return phases + shared; }
   inline int64_t own() const { return x + y + scores + kernel + narrow; }
 };
 
@@ -247,7 +284,7 @@ Sizes sizes(const Decoder& d, const Step& s) {
     for (const Linear* l : all) kernel = most(kernel, kernel_bytes(*l, s.B));
   }
   const int64_t floats = d.D + 2 * d.heads * d.head_dim + 2 * d.kv_heads * d.head_dim + 2 * d.inner;
-  return {aligned(4 * s.B * floats), aligned(4 * s.B * d.D), aligned(4 * s.B * N), aligned(4 * TOGETHER * places(s)),
+  return {aligned((5 * d.blocks + 1) * int64_t(sizeof(Phase))), aligned(4 * s.B * floats), aligned(4 * s.B * d.D), aligned(4 * s.B * N), aligned(4 * TOGETHER * places(s)),
           aligned(kernel), aligned(2 * s.B * (K + N))};
 }
 
@@ -296,8 +333,9 @@ extern "C" int CC_NAME(cc_decode)(const Decoder* decoder, const Step* step) {
   for (int64_t m = 0; m < s.B; m++)
     if (s.first[m] < 0 || s.first[m] > s.slot) return CC_BAD_SHAPE;
   const Sizes z = sizes(d, s);
-  if (s.workspace_bytes < z.shared + s.threads * z.own()) return CC_SMALL_WORKSPACE;
-  float* at = static_cast<float*>(s.workspace);
+  if (s.workspace_bytes < z.common() + s.threads * z.own()) return CC_SMALL_WORKSPACE;
+  __builtin_memset(s.workspace, 0, z.phases);
+  float* at = reinterpret_cast<float*>(static_cast<char*>(s.workspace) + z.phases);
   Shared shared;
   shared.x = at, at += s.B * d.D;
   shared.q = at, at += s.B * d.heads * d.head_dim;
@@ -311,15 +349,17 @@ extern "C" int CC_NAME(cc_decode)(const Decoder* decoder, const Step* step) {
   int code = CC_OK;
 #pragma omp parallel num_threads(s.threads) reduction(| : code)
   {
-    const Team team = {omp_get_thread_num(), omp_get_num_threads()};
-    char* own = static_cast<char*>(s.workspace) + z.shared + team.thread * z.own();
+    char* own = static_cast<char*>(s.workspace) + z.common() + omp_get_thread_num() * z.own();
     Room room;
     room.x = reinterpret_cast<float*>(own);
     room.y = reinterpret_cast<float*>(own + z.x);
     room.scores = reinterpret_cast<float*>(own + z.x + z.y);
     room.kernel = own + z.x + z.y + z.scores;
     room.kernel_bytes = z.kernel;
-    code |= token(d, s, shared, team, room);
+    room.phase = static_cast<Phase*>(s.workspace);
+    room.code = CC_OK;
+    token(d, s, shared, room);
+    code |= room.code;
   }
   return code ? CC_BAD_SHAPE : CC_OK;
 }
@@ -327,5 +367,5 @@ extern "C" int CC_NAME(cc_decode)(const Decoder* decoder, const Step* step) {
 extern "C" int64_t CC_NAME(cc_decode_bytes)(const Decoder* decoder, const Step* step) {
   using namespace CC_NAME(cc);
   const Sizes z = sizes(*decoder, *step);
-  return z.shared + step->threads * z.own();
+  return z.common() + step->threads * z.own();
 }
