@@ -1,6 +1,6 @@
 """The GPU kernels on the GPU at hand: right against fp64, and times beside dense bf16; run by gpu.sh.
 
-    benchmarks/gpu.sh [--out FILE] [--minutes 9] [--kinds W4 W3 …] [--shapes 14336x4096 …] [--rows 1 4 …] [--tune] [--dry]
+    benchmarks/gpu.sh [--out FILE] [--minutes 8] [--kinds W4 W3 …] [--shapes 14336x4096 …] [--rows 1 4 …] [--tune] [--dry]
     benchmarks/gpu.sh --plot PNG [--out FILE]      the speed-ups in FILE, drawn; measures nothing
 
 First every kernel is checked; a wrong result ends the run with exit code 1 and times nothing. Then the GPU's own ceilings,
@@ -54,7 +54,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=None, help="JSON lines are appended here (benchmarks/results/gpu.jsonl)")
-    parser.add_argument("--minutes", type=float, default=9.0, help="no cell is begun later than this")
+    parser.add_argument("--minutes", type=float, default=8.0, help="no cell is begun later than this")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--shapes", nargs="+", type=shape, default=None)
     parser.add_argument("--rows", nargs="+", type=int, default=None, help="rows of x")
