@@ -20,7 +20,7 @@ from compress.checkpoint.writer import plan_shards
 from compress.errors import CompressError
 from compress.formats import lowrank_sparse
 from compress.job import Asked, Job, prepare
-from compress.pipeline import artifact, memory
+from compress.pipeline import artifact, heads, memory
 from compress.pipeline.choices import reducers
 from compress.pipeline.estimate import Estimate, estimate, reverse_bytes, reverse_seconds
 from compress.pipeline.places import TOOL, already_done, check_space, discard, discard_leftover, places
@@ -86,10 +86,8 @@ def prune(
         if getattr(first, name):
             raise CompressError(f"{name} is not an option of prune", hint="compress.quantize has it", usage=True)
     if then_bits is None:
-        if first.lm_head_bits is not None:
-            raise CompressError("--lm-head-bits goes with --then-bits here", hint="add --then-bits 4", usage=True)
         return _compress(model, method, out, "prune", first)
-    first = dataclasses.replace(first, lm_head_bits=None)
+    first = dataclasses.replace(first, lm_head_bits=None, lm_head_only=False)
     ready, second = _prepare(model, method, "prune", first), _second(common, then_bits, then_group_size)
     then = _second_job(model, then_method, second, ready.job)
     calib = _calibrate(then, dataset, second) if then.needs_text else None
@@ -237,8 +235,8 @@ def _finish(job: Job, work: WorkDir, facts: dict[str, Any]) -> None:
     artifact.write_companions(
         job.folder, work.artifact, job.layout, job.skeleton, job.method_name, job.name, job.view.untied
     )  # fmt: skip
-    heads = {"heads": work.state["heads"]} if work.state["heads"] else {}
-    artifact.write_manifest(work.artifact, {**facts, "linears": work.state["linears"], **heads, "search": work.state["search"]})
+    made = {key: work.state[key] for key in ("linears", "heads", "search") if key != "heads" or work.state[key]}
+    artifact.write_manifest(work.artifact, {**facts, **made})
 
 
 def dry_run(model: str | Path, method: str, *, verb: str = "quantize", **options: Any) -> Estimate:
@@ -247,7 +245,7 @@ def dry_run(model: str | Path, method: str, *, verb: str = "quantize", **options
     if verb == "prune":  # a factorization quantizes in the same step: its own options
         then_bits = options.pop("then_bits", None)
         then_method, then_group_size = options.pop("then_method", then_method), options.pop("then_group_size", then_group_size)
-    ask = _ask(options if then_bits is None else options | {"lm_head_bits": None})  # the quantization's
+    ask = _ask(options if then_bits is None else options | {"lm_head_bits": None, "lm_head_only": False})  # the quantization's
     job = prepare(model, method, verb, ask)
     first = _estimate(job, ask)
     if then_bits is None:
@@ -264,6 +262,7 @@ def _estimate(job: Job, ask: Asked) -> Estimate:
     tokens = job.nsamples * job.expand * (job.seqlen or 0) if job.observes or job.survey_observes else 0
     windows = (tokens, job.batch_size, job.seqlen or 0)
     found = estimate(job.skeleton, job.view, job.layout, job.method, job.config, size, *windows, job.dtype, ask.states)
+    found = dataclasses.replace(found, seconds=found.seconds + heads.seconds(job.layout.heads.values()))
     makers = reducers(job.method, job.config, job.layout, job.widths)
     exact = ask.target_bpw is None and getattr(job.config, "scope", "tensor") != "global" and not _settles_sizes(job)
     if not makers or job.seqlen is None:

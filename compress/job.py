@@ -179,6 +179,17 @@ def _warn_of_size(plan: layout.Layout, view: CheckpointView) -> None:
         logger.warning("the compressed linears take %.2f of the dense ones' bytes: use --format dense%s", after / before, hint)
 
 
+def _head(verb: str, ask: Asked) -> layout.HeadChoice | None:
+    """What was asked for embedding and head."""
+    if ask.lm_head_bits is None:
+        if ask.lm_head_only:
+            raise CompressError("--lm-head-only goes with --lm-head-bits", hint="add --lm-head-bits 8", usage=True)
+        return None
+    if verb == "prune":  # a quantization after it takes the option
+        raise CompressError("--lm-head-bits goes with --then-bits here", hint="add --then-bits 4", usage=True)
+    return ask.lm_head_bits, ask.lm_head_only
+
+
 def prepare(model: str | Path, method: str, verb: str, ask: Asked, pruned: Mapping[str, Sparsity] | None = None) -> Job:
     """Check every option against the checkpoint's headers.
 
@@ -205,7 +216,7 @@ def prepare(model: str | Path, method: str, verb: str, ask: Asked, pruned: Mappi
     widths = Widths(ask.layer_config, ask.target_bpw)
     if widths.target is not None and any(s.wrapped for s in view.sparsity.values()):
         raise CompressError("--target-bpw cannot measure armor's cores", hint="use --layer-config", usage=True)
-    head = None if ask.lm_head_bits is None else (ask.lm_head_bits, ask.lm_head_only)
+    head = _head(verb, ask)
     plan = layout.make(skeleton, view, config, form, ask.ignore, None, widths.asked, head)
     if ask.of_model:
         config = _scale_to_model(config, plan, view)

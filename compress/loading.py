@@ -1,9 +1,9 @@
 """A folder becomes a model: our artifacts, llm-compressor's pack-quantized, AutoAWQ's gemm, ordinary checkpoints.
 
-The model is built on `meta`, its compressed linears are replaced by `CompressedLinear`, and the tensors are read one by
-one into their places; each linear is prepared for its kernel, and gives up what that does not need, before the next is read. Before
-the first is read every name, dtype and shape is held to the format's `spec`: nothing is
-initialised at random and nothing is ignored. `register()` does the same inside transformers' own `from_pretrained`.
+The model is built on `meta`, its compressed linears are replaced by `CompressedLinear`, and the tensors are read one by one into
+their places; each linear is prepared for its kernel, and gives up what that does not need, before the next is read. Before all
+that every name, dtype and shape is held to the format's `spec`: nothing is initialised at random and nothing is ignored.
+`register()` does the same inside transformers' own `from_pretrained`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from torch import nn
 from compress import decoding, devices, registry
 from compress.checkpoint import dtypes, manifest, source
 from compress.checkpoint.bundled import is_bundle
-from compress.checkpoint.mapped import Place, Places
+from compress.checkpoint.mapped import Place
 from compress.checkpoint.reader import CheckpointReader, read_json
 from compress.errors import CompressError
 from compress.formats import awq
 from compress.formats._schemes import OWN, Scheme, scheme_of, schemes, unsupported
-from compress.models.auto import auto_class, spelling
+from compress.models.auto import auto_class
 from compress.models.skeleton import load_config
+from compress.models.view import StoredTensors
 from compress.modules import (
     CompressedEmbedding,
     CompressedLinear,
@@ -38,11 +39,13 @@ from compress.modules import (
     prepare,
     prepare_one,
 )
+from compress.pipeline import memory
 from compress.types import Packed, TensorSpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+_HOLES = 1 << 25  # weights whose remains are given back to the system together
 _INCOMPLETE = "the folder is incomplete: copy it again"
 _UNFIT = "the weights and config.json do not fit: was one of them edited or replaced?"
 
@@ -156,38 +159,7 @@ class _Linear:
     suffixes: tuple[str, ...]
 
 
-class _Tensors:
-    """The tensors of a folder under the model's names, however the folder spells them."""
-
-    def __init__(self, model: PreTrainedModel, reader: CheckpointReader) -> None:
-        self._reader = reader
-        self._places = Places(reader)
-        self._stored = {name: stored for stored, name in spelling(model, reader.names).items()}
-        self.names = self._stored.keys()
-
-    def spec(self, name: str) -> TensorSpec:
-        return self._reader.dtype(self._stored[name]), self._reader.shape(self._stored[name])
-
-    def read(self, name: str) -> torch.Tensor:
-        return self._reader.read(self._stored[name])
-
-    def place(self, name: str) -> Place | None:
-        """Where a tensor lies, if it can be put aside."""
-        return self._places(self._stored[name])
-
-    def read_as(self, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A dense tensor in another dtype or on another device, in pieces, so that it is never there twice."""
-        stored = self._reader.entry(self._stored[name])
-        if dtypes.TORCH[stored.dtype] == dtype and device.type == "cpu":
-            return self.read(name)
-        out, done = torch.empty(stored.shape, dtype=dtype, device=device), 0
-        for piece in self._reader.chunks(self._stored[name]):
-            out.view(-1)[done : done + len(piece)] = piece.to(device)
-            done += len(piece)
-        return out
-
-
-def _plan(model: PreTrainedModel, tensors: _Tensors, settings: Mapping[str, Any]) -> dict[str, _Linear]:
+def _plan(model: PreTrainedModel, tensors: StoredTensors, settings: Mapping[str, Any]) -> dict[str, _Linear]:
     """The compressed linears, each checked: those under whose name tensors lie, but no `weight`."""
     groups = schemes(settings)
     own: dict[str, set[str]] = {}
@@ -245,13 +217,13 @@ def _check_manifest(folder: Path) -> set[str]:
 
 def _replace(
     model: PreTrainedModel, reader: CheckpointReader, settings: Mapping[str, Any]
-) -> tuple[_Tensors, dict[str, _Linear], dict[str, torch.Tensor]]:
+) -> tuple[StoredTensors, dict[str, _Linear], dict[str, torch.Tensor]]:
     """Put a CompressedLinear on meta in every place; returns the tensors, the linears and the dense tensors to read.
 
     Every name, dtype and shape has been checked when this returns.
     """
     excess = _check_manifest(reader.folder)
-    tensors = _Tensors(model, reader)
+    tensors = StoredTensors(model, reader)
     plan = _plan(model, tensors, settings)
     packed, inner = set(), set()
     for name, linear in plan.items():
@@ -268,7 +240,7 @@ def _replace(
     return tensors, plan, dense
 
 
-def _place(model: PreTrainedModel, name: str, linear: _Linear, tensors: _Tensors) -> None:
+def _place(model: PreTrainedModel, name: str, linear: _Linear, tensors: StoredTensors) -> None:
     """A compressed module on meta in the place of a linear or an embedding; a head that is tied to an embedding follows it."""
     kind, module = "int_grouped" if linear.scheme.kind == awq.KIND else linear.scheme.kind, model.get_submodule(name)
     options: dict[str, Any] = {"stored": linear.stored, "dtype": model.dtype}
@@ -293,11 +265,17 @@ def _load_compressed(
     """Fill the empty model from the artifact, one linear or dense tensor at a time, the largest first; None: prepare nothing."""
     tensors, plan, dense = _replace(model, reader, settings)
     absent = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
+    holes = 0
     for name, linear in sorted(plan.items(), key=lambda item: -item[1].shape[0] * item[1].shape[1]):
         module = model.get_submodule(name)
         _fill_linear(module, name, linear, tensors, device)
         if exact is not None:
             prepare_one(name, module, exact)
+            holes += linear.shape[0] * linear.shape[1]
+        if holes > _HOLES:  # what a linear leaves behind in the heap, which the next ones do not fill
+            memory.release()
+            holes = 0
+    memory.release()
     for name, meta in dense.items():
         tensor = tensors.read_as(name, meta.dtype, device)
         place(model, name, nn.Parameter(tensor, False) if isinstance(meta, nn.Parameter) else tensor)
@@ -320,7 +298,7 @@ def _check_names(model: PreTrainedModel, present: set[str], wanted: Mapping[str,
         raise CompressError(f"tensor {extra[0]} is unexpected ({len(extra)} such)", hint=_UNFIT)
 
 
-def _fill_linear(module: CompressedWeight, name: str, linear: _Linear, tensors: _Tensors, device: torch.device) -> None:
+def _fill_linear(module: CompressedWeight, name: str, linear: _Linear, tensors: StoredTensors, device: torch.device) -> None:
     """Read one linear's tensors into its buffers; AWQ's become int_grouped's."""
     found: Mapping[str, torch.Tensor] = {suffix: tensors.read(f"{name}.{suffix}") for suffix in linear.suffixes}
     if linear.scheme.kind == awq.KIND:
@@ -333,7 +311,7 @@ def _fill_linear(module: CompressedWeight, name: str, linear: _Linear, tensors: 
     module.places = _places(name, linear, tensors)
 
 
-def _places(name: str, linear: _Linear, tensors: _Tensors) -> dict[str, Place]:
+def _places(name: str, linear: _Linear, tensors: StoredTensors) -> dict[str, Place]:
     """Where a linear's buffers lie on the disk; AWQ's are others."""
     if linear.scheme.kind == awq.KIND:
         return {}

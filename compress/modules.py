@@ -210,7 +210,9 @@ class TiedLinear(CompressedLinear):
         return self._source[0].prepared
 
     def prepare(self, exact: bool | None = None) -> None:
-        """The embedding prepares itself."""
+        """The embedding prepares itself; it must be there."""
+        if any(b.is_meta for b in self._source[0].buffers()):
+            raise CompressError("the embedding is offloaded, and the head reads it", hint="keep it on a device in device_map")
 
     def _prepare(self, exact: bool) -> Any:
         return self._source[0]._prepare(exact)

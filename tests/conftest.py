@@ -14,6 +14,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: a second thread only waits
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported: no GPU here (tests/test_triton.py)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest

@@ -146,6 +146,19 @@ def test_the_blocks_of_armor_are_three_products_each_rounded(backend: Callable[[
     torch.testing.assert_close(y, want, rtol=1.6e-2, atol=1.6e-2)
 
 
+@pytest.mark.skipif(native.missing() is not None, reason="the C++ library is not built")
+@pytest.mark.parametrize("case", ["armor, ragged", "armor"])
+def test_any_blocks_around_the_native_core_agree_with_fp64(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPRESS_BACKEND", "cpu")
+    packed = CASES[case]()
+    (O, I), p = packed.shape, prepared(packed, torch.float32)
+    assert p.path == "cpu"
+    bias = torch.linspace(-1, 1, O)
+    for x in (inputs(1, I), inputs(17, I), inputs(0, I)):
+        y = kernel(packed).linear(x, p, bias)
+        torch.testing.assert_close(y.double(), in_fp64(packed, x, bias), rtol=1e-5, atol=1e-5)  # fp32 sums
+
+
 def test_without_the_library_weights_are_held_dense_and_that_is_said_once_per_kind(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import mmap
 import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class MappedFile:
 
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._fd)
         flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
         self._pages = mmap.mmap(self._fd, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         self.path = path
@@ -36,10 +38,6 @@ class MappedFile:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _nothing, ()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_fd"):
-            os.close(self._fd)
 
     def view(self, entry: Entry) -> torch.Tensor:
         """A tensor whose memory is the file's."""

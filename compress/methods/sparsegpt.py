@@ -50,6 +50,9 @@ class Config(_sparsity.Sparse):
     propagate: bool = field(default=True, metadata={"help": "calibrate each block on the pruned blocks before it"})
 
     def __post_init__(self) -> None:
+        if self.quality and self.scope == "matrix" and not self.pattern:
+            object.__setattr__(self, "importance", "gradient")
+            object.__setattr__(self, "scope", "model")
         _sparsity.Sparse.__post_init__(self)
         _sparsity.check_scope(self.scope, self.pattern)
         if self.importance not in IMPORTANCES:

@@ -163,7 +163,8 @@ def _heads(
 ) -> tuple[dict[str, Target], str | None]:  # fmt: skip
     """Embedding, then head, as targets, by the modules under whose names their weights lie, one where they are tied; the embedding.
 
-    Groups and symmetry are the linears'. Groups below 32 would cost more in scales than they gain here.
+    Groups are the linears'; those below 32 would cost more in scales than they gain here. Where stock loaders can read the artifact
+    symmetry is theirs too; else it is what loses least (docs/log.md): 8 bits symmetric, 4 bits not.
     """
     bits, only = head
     if bits not in HEAD_BITS:
@@ -180,6 +181,9 @@ def _heads(
     if tied and only:
         raise CompressError("--lm-head-only: embedding and head are one tensor here", hint="leave it out", usage=True)
     size = int(getattr(config, "group_size", getattr(config, "then_group_size", -1)))
+    theirs = bool(getattr(config, "symmetric", True))
+    alike = bits == getattr(config, "bits", None) and not 0 < size < 32
+    portable = getattr(config, "kind", int_grouped.KIND) == int_grouped.KIND and not tied and (alike or (only and theirs))
     found: dict[str, Target] = {}
     for name in (*(() if only else (table,)), *(() if tied else (last,))):
         shape, dtype = view.shape(f"{name}.weight"), view.dtype(f"{name}.weight")
@@ -187,7 +191,7 @@ def _heads(
         if dtype not in ("F32", "F16", "BF16") or (group != -1 and shape[1] % group):
             why = f"its {shape[1]} columns ({dtype}) cannot be rounded in groups of {group}"
             raise CompressError(f"--lm-head-bits: {name}: {why}", hint="use --group-size -1, or leave it out", usage=True)
-        params = {"bits": bits, "group_size": group, "symmetric": bool(getattr(config, "symmetric", True))}
+        params = {"bits": bits, "group_size": group, "symmetric": theirs if portable else bits == 8}
         found[name] = Target(name, (shape[0], shape[1]), False, dtype, params, DENSE if layout == DENSE else int_grouped.KIND)
     return found, None if only else table
 

@@ -1,7 +1,7 @@
 """y = x Wᵀ + bias for weights of grouped integers: `prepare` once after loading, then `linear`.
 
-Paths: `cpu` (our C++ library with int8 activations; the default for 16-bit activations), `cpu-exact` (the same without; for fp32
-ones), `int4pack` (torch's CPU kernel: 4 bits, bf16, few tokens) and `tiled` (anything,
+Paths: `triton` (a GPU; 16-bit activations), `cpu` (our C++ library with int8 activations; the default for 16-bit activations),
+`cpu-exact` (the same without; for fp32 ones), `int4pack` (torch's CPU kernel: 4 bits, bf16, few tokens) and `tiled` (anything,
 anywhere); the first that can run is taken, or what COMPRESS_BACKEND says. `reference` defines what they compute.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from compress_kernels import backend, dispatch
-from compress_kernels.int_grouped import cpu, cpu_int4, reference, tiled
+from compress_kernels.int_grouped import cpu, cpu_int4, reference, tiled, triton
 
 logger = logging.getLogger(__name__)
 PATHS = ("cpu", "cpu-exact", "int4pack", "tiled")
@@ -30,13 +30,14 @@ class Prepared:
     of x, at the moment that it reads them: the caller may put them aside meanwhile (`spare`).
     """
 
-    path: str  # "cpu", "cpu-exact", "int4pack" or "tiled"
+    path: str  # "triton", "cpu", "cpu-exact", "int4pack" or "tiled"
     bits: int
     group_size: int
     tensors: Mapping[str, torch.Tensor | None] = field(default_factory=dict)  # empty where they are never read
     zero: torch.Tensor | None = None  # "tiled": (O, G) uint8; None where symmetric
     int4: tuple[torch.Tensor, torch.Tensor] | None = None
     native: cpu.Weight | None = None
+    gpu: triton.Weight | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)  # faster path -> why it cannot run
 
     @property
@@ -62,6 +63,11 @@ def prepare(
     if group_size == -1:
         group_size = shape[1]
     reasons: dict[str, str] = {}
+    why = triton.refused(triton.can_run(bits, group_size, shape, dtype, words.device), exact)
+    if why is None:
+        return Prepared("triton", bits, group_size, tensors, gpu=triton.prepare(words, scale, zero, shape, bits))
+    if words.device.type != "cpu":
+        reasons["triton"] = why
     unable = "exact results were asked for" if exact else cpu_int4.can_run(bits, group_size, shape, dtype, words.device)
     chosen, because = choose("int_grouped", bits, dtype, shape, exact, unable)
     for path in ("cpu-exact",) if exact or dtype == torch.float32 else ("cpu", "cpu-exact"):
@@ -78,7 +84,7 @@ def prepare(
     if why is None:
         int4 = cpu_int4.prepare(words, scale, zero, shape)
         return Prepared("int4pack", bits, group_size, tensors, int4=int4, reasons=reasons)
-    _say_once(why)
+    _say_once("int4pack" if words.device.type == "cpu" else "triton", reasons.get("triton", why))
     return Prepared("tiled", bits, group_size, tensors, zero, reasons={**reasons, "int4pack": why})
 
 
@@ -109,6 +115,8 @@ def _parts(tensors: Mapping[str, torch.Tensor | None]) -> tuple[torch.Tensor, to
 def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., I) times Wᵀ plus bias -> (..., O) in x's dtype."""
     p = prepared
+    if p.gpu is not None and x.dtype != torch.float64:
+        return triton.linear(x, p.gpu, bias)
     if p.native is not None and (not p.native.exact or x.numel() <= cpu.ROWS_EXACT * x.shape[-1]):
         return cpu.linear(x, p.native, bias)
     if p.int4 is not None and x.dtype == torch.bfloat16 and x.numel() <= cpu_int4.ROWS_OF_X * x.shape[-1]:
@@ -129,5 +137,5 @@ def rows(
 
 
 @functools.cache
-def _say_once(why: str) -> None:
-    logger.info("int_grouped: the tiled path runs, not int4pack: %s", why)
+def _say_once(path: str, why: str) -> None:
+    logger.info("int_grouped: the tiled path runs, not %s: %s", path, why)

@@ -1,7 +1,8 @@
 """y = x Wᵀ + bias for grouped integers with exact outliers: `prepare` once after loading, then `linear`.
 
-Paths: `cpu` and `cpu-exact` (our C++ library, outliers and all; as for `int_grouped`), `int4pack+csr` (torch's CPU kernel, and the
-outliers' own product added to it) and `tiled` (anything, anywhere); `reference` defines what they compute.
+Paths: `triton` (a GPU; 16-bit activations), `cpu` and `cpu-exact` (our C++ library, outliers and all; as for `int_grouped`),
+`int4pack+csr` (torch's CPU kernel, and the outliers' own product added to it) and `tiled` (anything, anywhere); `reference`
+defines what they compute.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch
 
 from compress_kernels.int_grouped import choose, cpu, cpu_int4
 from compress_kernels.int_grouped import reference as int_grouped
-from compress_kernels.int_grouped_outliers import csr, reference, tiled
+from compress_kernels.int_grouped import triton as int_grouped_triton
+from compress_kernels.int_grouped_outliers import csr, reference, tiled, triton
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ PATHS = ("cpu", "cpu-exact", FAST, "tiled")
 class Prepared:
     """One weight, ready to run: what the chosen path needs. `tensors` as in `int_grouped.Prepared`."""
 
-    path: str  # "cpu", "cpu-exact", "int4pack+csr" or "tiled"
+    path: str  # "triton", "cpu", "cpu-exact", "int4pack+csr" or "tiled"
     bits: int
     group_size: int
     rows: int  # per tile
@@ -37,6 +39,7 @@ class Prepared:
     int4: tuple[torch.Tensor, torch.Tensor] | None = None
     outliers: csr.Outliers | None = None
     native: cpu.Weight | None = None
+    gpu: int_grouped_triton.Weight | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)  # faster path -> why it cannot run
 
     @property
@@ -68,9 +71,15 @@ def prepare(
     if group_size == -1:
         group_size = shape[1]
     reasons: dict[str, str] = {}
+    zero = None if packed_zero is None else int_grouped.zeros(packed_zero, bits, shape[0])
+    why = int_grouped_triton.refused(triton.can_run(bits, group_size, shape, dtype, words.device), exact)
+    if why is None:
+        gpu = triton.weight(tensors, words, zero, shape, bits)
+        return Prepared("triton", bits, group_size, rows, tensors, gpu=gpu)
+    if words.device.type != "cpu":
+        reasons["triton"] = why
     unable = "exact results were asked for" if exact else _why_not(bits, group_size, shape, dtype, words.device, second)
     chosen, because = choose("int_grouped_outliers", bits, dtype, shape, exact, unable)
-    zero = None if packed_zero is None else int_grouped.zeros(packed_zero, bits, shape[0])
     for path in ("cpu-exact",) if exact or dtype == torch.float32 else ("cpu", "cpu-exact"):
         why = cpu.can_run(bits, group_size, shape, dtype, words.device)
         if exact and chosen != path:
@@ -84,7 +93,7 @@ def prepare(
         reasons[path] = why
     why = because if unable is None and chosen not in (None, "int4pack") else unable
     if why is not None:
-        _say_once(why)
+        _say_once(FAST if words.device.type == "cpu" else "triton", reasons.get("triton", why))
         return Prepared("tiled", bits, group_size, rows, tensors, _parts(tensors, rows), reasons={**reasons, FAST: why})
     int4 = cpu_int4.prepare(words, tensors["weight_scale"], zero, shape)
     return Prepared(FAST, bits, group_size, rows, tensors, int4=int4, outliers=csr.prepare(*outliers), reasons=reasons)
@@ -116,6 +125,8 @@ def _why_not(
 def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., I) times Wᵀ plus bias -> (..., O) in x's dtype."""
     p = prepared
+    if p.gpu is not None and x.dtype != torch.float64:
+        return int_grouped_triton.linear(x, p.gpu, bias)
     if p.native is not None and (not p.native.exact or x.numel() <= cpu.ROWS_EXACT * x.shape[-1]):
         return cpu.linear(x, p.native, bias)
     few = x.dtype == torch.bfloat16 and x.numel() <= cpu_int4.ROWS_OF_X * x.shape[-1]
@@ -128,5 +139,5 @@ def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None
 
 
 @functools.cache
-def _say_once(why: str) -> None:
-    logger.info("int_grouped_outliers: the tiled path runs, not %s: %s", FAST, why)
+def _say_once(path: str, why: str) -> None:
+    logger.info("int_grouped_outliers: the tiled path runs, not %s: %s", path, why)
