@@ -35,7 +35,6 @@ class Decoding:
         self._plan: Plan | str | None = None  # made at the first step; a reason where it cannot be
         self._device = ""
         self._lock = threading.Lock()  # the decoder has one workspace
-        self._held: tuple[list[Any], Any] | None = None  # the cache's buffers, and their addresses for the kernel
 
     @property
     def path(self) -> str:
@@ -98,14 +97,15 @@ class Decoding:
                 for layer in layers:
                     layer.make_room(1)
             buffers = [layer.buffer for layer in layers]
-            if self._held is None or len(self._held[0]) != len(buffers) or not all(map(is_, buffers, self._held[0])):
+            held = layers[0].held
+            if held is None or not all(map(is_, buffers, held[0])):
                 like = {(b.shape, b.dtype, b.is_contiguous()) for b in buffers}
                 if len(like) > 1 or buffers[0].shape[1] != B or buffers[0].dtype != plan.dtype or not buffers[0].is_contiguous():
                     return None
-                self._held = buffers, kernel.pointers(buffers)
+                held = layers[0].held = buffers, kernel.pointers(buffers)
             cos, sin = plan.rope.at(positions)
             x = self.model.model.embed_tokens(ids).view(B, -1)
-            y = plan.decoder.step(x, self._held[1], layers[0].capacity, slot, first, cos, sin)
+            y = plan.decoder.step(x, held[1], layers[0].capacity, slot, first, cos, sin)
             for layer in layers:
                 layer.length += 1
         return y
