@@ -1,10 +1,12 @@
-"""The GPU kernels on the GPU at hand: correctness against fp64, ceilings, then products of Llama-3-8B's shapes beside dense bf16.
+"""The GPU kernels on the GPU at hand: right against fp64, and times beside dense bf16; run by gpu.sh.
 
-    benchmarks/gpu.sh [--out FILE] [--minutes 9] [--kinds W4 W3 …] [--shapes 14336x4096 …] [--rows 1 4 …] [--tune] [--dry]
+    benchmarks/gpu.sh [--out FILE] [--minutes 8] [--kinds W4 W3 …] [--shapes 14336x4096 …] [--rows 1 4 …] [--tune] [--dry]
+    benchmarks/gpu.sh --plot PNG [--out FILE]      the speed-ups in FILE, drawn; measures nothing
 
-Times are of CUDA-graph replays in which the weights go round through 192 MB of copies, so that they come from memory; inputs
-and weights are random. Every row has the device, versions and the commit. A wrong result ends the run with exit code 1 and
-times nothing.
+First every kernel is checked; a wrong result ends the run with exit code 1 and times nothing. Then the GPU's own ceilings,
+products of Llama-3-8B's shapes, and all linears of the model one after the other for several batch sizes (no attention:
+tokens/s are a bound). Times are of CUDA-graph replays in which the weights go round through 192 MB of copies, so that they come
+from memory; inputs and weights are random. Every row has the device, versions and the commit.
 """
 
 from __future__ import annotations
@@ -29,13 +31,15 @@ from compress_kernels import gpu_table, gpu_tune
 from compress_kernels.int_grouped import triton
 from compress_kernels.int_grouped_outliers import triton as outliers
 from gpu_checks import checks
-from jsonl import append
+from jsonl import append, load
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ["6144x4096", "4096x4096", "28672x4096", "4096x14336", "14336x4096", "128256x4096", "1024x4096"]  # outputs x inputs
 KINDS = {"W4": (4, 0.0), "W3": (3, 0.0), "W4+1%": (4, 0.01), "W2": (2, 0.0), "W8": (8, 0.0)}
 ROWS = [1, 4, 16, 64, 256, 4096]
 GROUP = 128
+LAYER = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]  # q/k/v, o, gate/up, down of Llama-3-8B
+HEAD, LAYERS, BATCHES = (128256, 4096), 32, (1, 8, 32, 64)
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -50,20 +54,21 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=None, help="JSON lines are appended here (benchmarks/results/gpu.jsonl)")
-    parser.add_argument("--minutes", type=float, default=9.0, help="no cell is begun later than this")
+    parser.add_argument("--minutes", type=float, default=8.0, help="no cell is begun later than this")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--shapes", nargs="+", type=shape, default=None)
     parser.add_argument("--rows", nargs="+", type=int, default=None, help="rows of x")
     parser.add_argument("--tune", action="store_true", help="measure and write the dispatch table of W4 first")
+    parser.add_argument("--plot", type=Path, default=None, help="draw the speed-ups of --out's rows into this file, and stop")
     parser.add_argument("--dry", action="store_true", help="tiny shapes in the interpreter, no GPU, no times")
     options = parser.parse_args(argv)
     options.shapes = options.shapes or [shape(s) for s in (["256x256"] if options.dry else SHAPES)]
     options.rows = options.rows or ([1, 3] if options.dry else ROWS)
     if min(options.rows) < 1 or options.minutes <= 0:
         parser.error("--rows are at least 1, --minutes above 0")
-    if not options.dry and not torch.cuda.is_available():
+    if not options.dry and options.plot is None and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --dry checks this script without one")
-    options.out = options.out or (None if options.dry else ROOT / "benchmarks" / "results" / "gpu.jsonl")
+    options.out = options.out or (None if options.dry and options.plot is None else ROOT / "benchmarks" / "results" / "gpu.jsonl")
     return options
 
 
@@ -72,7 +77,10 @@ def facts(dry: bool) -> dict[str, Any]:
     import triton as compiler
 
     def git(*command: str) -> str:
-        done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+        except OSError:  # no git there: COMMIT says it
+            return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
     commit = git("rev-parse", "HEAD") or os.environ.get("COMMIT", "unknown")
@@ -158,9 +166,41 @@ def cells(options: argparse.Namespace, device: torch.device, top: dict[str, floa
             del ours, dense
 
 
+def stack(device: torch.device, top: dict[str, float], dry: bool) -> Iterator[dict[str, Any]]:
+    """All linears of Llama-3-8B one after the other in one graph, W4 with a W4 head and dense, for several batch sizes."""
+    shapes, layers = ([(256, 256)] * 2, 1) if dry else ([*LAYER * LAYERS, HEAD], LAYERS)
+    ours = [gpu_tune.random_weight(O, I, 4, GROUP, False, torch.bfloat16, device) for O, I in shapes]
+    dense = [torch.randn(O, I, device=device).bfloat16() for O, I in shapes]
+    for batch in BATCHES[: 1 if dry else None]:
+        xs = {I: torch.randn(batch, I, device=device).bfloat16() for _, I in shapes}
+        ys = {O: torch.empty(batch, O, dtype=torch.bfloat16, device=device) for O, _ in shapes}
+
+        def ours_once(xs: dict[int, torch.Tensor] = xs, ys: dict[int, torch.Tensor] = ys, M: int = batch) -> None:
+            for w in ours:
+                O, I = w.shape
+                triton.run(xs[I], w, None, ys[O], gpu_table.choose(4, GROUP, w.shape, M, device))
+
+        def dense_once(xs: dict[int, torch.Tensor] = xs, ys: dict[int, torch.Tensor] = ys) -> None:
+            for W in dense:
+                torch.mm(xs[W.shape[1]], W.T, out=ys[W.shape[0]])
+
+        us, theirs = (statistics.median(times([once], dry)) for once in (ours_once, dense_once))
+        moved = sum(held(w) for w in ours) + sum(2 * batch * (O + I) for O, I in shapes)
+        yield {
+            "stack": "linears of Llama-3-8B, W4 g128 and head", "layers": layers, "batch": batch, "us": us, "dense_us": theirs,
+            "speedup": theirs / us, "tokens_s": batch / us * 1e6, "dense_tokens_s": batch / theirs * 1e6,
+            "roofline": moved / top["bytes_s"] * 1e6 / us,
+        }  # fmt: skip
+
+
 def main() -> int:
     """Run; 0 if every result is right."""
     options = arguments()
+    if options.plot is not None:
+        from gpu_plot import plot
+
+        print(plot(load(options.out), options.plot))
+        return 0
     end = time.monotonic() + options.minutes * 60
     device = torch.device("cpu" if options.dry else "cuda")
     common = facts(options.dry)
@@ -196,6 +236,13 @@ def main() -> int:
             f"{row['kind']:12}{label:>14}{row['M']:>6}{row['path']:>9}{row['us']:>10.2f}{row['dense_us']:>10.2f}{row['speedup']:>7.2f}"
             f"{row['roofline']:>6.0%}{row['roofline_less_launch']:>6.0%}", flush=True,
         )  # fmt: skip
+    for row in stack(device, top, options.dry) if time.monotonic() < end else ():
+        note(row)
+        print(
+            f"all linears, batch {row['batch']}: {row['tokens_s']:.0f} tokens/s, dense {row['dense_tokens_s']:.0f},"
+            f" {row['speedup']:.2f}x, {row['roofline']:.0%} of the roofline",
+            flush=True,
+        )
     return 0
 
 

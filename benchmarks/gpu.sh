@@ -4,9 +4,10 @@
 #   benchmarks/gpu.sh                      rows are appended to benchmarks/results/gpu.jsonl
 #   benchmarks/gpu.sh --out FILE           … to FILE
 #   benchmarks/gpu.sh --tune               measures the dispatch table first (longer), then uses it
+#   benchmarks/gpu.sh --plot PNG           draws what was measured
 #   benchmarks/gpu.sh --dry                tiny shapes in Triton's interpreter, without a GPU: checks this script, times nothing
 #
-# Needs torch and triton (PYTHON names the interpreter, python3 unless set); nothing is installed.
+# Needs torch and triton (PYTHON names the interpreter, python3 unless set); nothing is installed. Without git, COMMIT names the commit.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"

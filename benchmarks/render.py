@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 KERNELS = HERE / "results" / "kernels.jsonl"
 PAGE = HERE / "README.md"
 PLOT = HERE / "kernels.png"
-HELPERS = ("jsonl", "render")
+HELPERS = ("gpu_checks", "gpu_plot", "jsonl", "render")
 
 Row = dict[str, Any]
 

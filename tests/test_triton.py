@@ -4,7 +4,7 @@ assembly that decodes on a GPU (tests/test_triton_compile.py compiles it; benchm
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,8 +78,15 @@ def test_products_agree_with_fp64(bits: int, group_size: int, O: int, I: int, M:
         assert relative(run(weight, x), F.linear(x.double(), dense(weight).double())) < CLOSE[dtype]
 
 
-@pytest.mark.parametrize("M", [1, 3, 16, 17, 64])
-@pytest.mark.parametrize("how", [Choice("fused", 16, 128, split=3), Choice("fused", 64, 64, split=5), Choice("fused", 32, 64)])
+@pytest.mark.parametrize(
+    ("M", "how"),
+    [
+        *((M, Choice("fused", 16, 128, split=3)) for M in (1, 3, 16, 17, 64)),
+        (17, Choice("fused", 64, 64, split=5)),
+        (64, Choice("fused", 64, 64, split=2)),
+        (33, Choice("fused", 32, 64)),
+    ],
+)
 def test_splits_and_blocks_change_nothing_but_the_order_of_sums(M: int, how: Choice, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random_weight(130, 640, 4, 128, False, torch.float16)
     bias = torch.linspace(-1, 1, 130).half()
@@ -269,6 +276,22 @@ def test_weights_that_differ_are_not_fused() -> None:
     a, b = (int_grouped.prepare(*random_weight(16, 256, bits, 128, True), torch.float16).gpu for bits in (4, 3))
     with pytest.raises(ValueError, match="differ"):
         triton.fuse([a, b])
+
+
+def test_a_loaded_artifact_runs_on_it(pico: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import compress
+    from compress.modules import CompressedLinear
+
+    compress.quantize(pico("llama"), "rtn", tmp_path / "out", bits=4, group_size=32)
+    ids = torch.arange(1, 6)[None]
+    logits = {}
+    for path in ("triton", "tiled"):
+        monkeypatch.setenv("COMPRESS_BACKEND", path)
+        model = compress.load(tmp_path / "out", dtype="float32")
+        assert {m.path for m in model.modules() if isinstance(m, CompressedLinear)} == {path}
+        with torch.no_grad():
+            logits[path] = model(ids).logits
+    torch.testing.assert_close(logits["triton"], logits["tiled"], rtol=1e-4, atol=1e-4)  # fp32 sums in another order
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------------

@@ -30,8 +30,9 @@ def test_a_dry_run_checks_every_kernel_and_writes_rows(tmp_path: Path) -> None:
     assert len(checked) > 20
     assert all(row["good"] for row in checked)
     assert f"{len(checked)} of {len(checked)} checks are right" in done.stdout
-    timed = [row for row in rows if "speedup" in row]
+    timed = [row for row in rows if "kind" in row]
     assert [(row["kind"], row["M"]) for row in timed] == [(k, M) for k in ("W4 g128", "W4+1% g128") for M in (1, 3)]
+    assert sum("stack" in row for row in rows) == 1
     for row in rows:
         assert row["dry"] is True  # nobody takes them for measurements
         assert row["torch"]
@@ -59,3 +60,16 @@ def test_what_cannot_be_run_is_refused(
         gpu.arguments(arguments)
     assert stop.value.code == 2
     assert why in capsys.readouterr().err
+
+
+def test_measured_rows_are_drawn_and_dry_ones_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from gpu_plot import latest, plot
+
+    row = {"kind": "W4 g128", "shape": [256, 512], "M": 1, "speedup": 2.0, "device": "a GPU"}
+    rows = [row, {**row, "speedup": 3.0}, {**row, "M": 4, "speedup": 9.0, "dry": True}, {"ceilings": {}}]
+    assert latest(rows) == {"256x512": {"W4 g128": {1: 3.0}}}  # the last one counts
+    assert "256x512" in plot(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match="no measured row"):
+        plot(rows[2:], tmp_path / "plot.png")

@@ -22,7 +22,7 @@ CASES: dict[str, tuple[dict[str, Any], float]] = {
     "W4": ({"target": 90, "bits": 4}, 2.48),
     "W4 bf16": ({"target": 90, "bits": 4, "dtype": "bfloat16"}, 2.70),
     "W4, 64 rows": ({"target": 90, "bits": 4, "BM": 64, "stages": 3}, 2.95),
-    "W4 with outliers, split": ({"target": 90, "bits": 4, "dtype": "bfloat16", "split": 4, "outliers": 1, "one": True}, 2.70),
+    "W4 with outliers, split": ({"target": 90, "bits": 4, "dtype": "bfloat16", "split": 4, "outliers": 1}, 2.70),
     "W3": ({"target": 90, "bits": 3}, 2.66),
     "W2": ({"target": 90, "bits": 2}, 2.19),
     "W8 bf16": ({"target": 90, "bits": 8, "dtype": "bfloat16"}, 4.03),

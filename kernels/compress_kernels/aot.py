@@ -43,19 +43,14 @@ def arguments(dtype: str) -> dict[str, str]:
 
 def product(
     target: int, bits: int, *, group: int = 128, dtype: str = "float16", wide: bool = False, BM: int = 16, BN: int = 128,
-    warps: int = 4, stages: int = 4, split: int = 1, outliers: int = 0, one: bool = False,
+    warps: int = 4, stages: int = 4, split: int = 1, outliers: int = 0,
 ) -> Report:  # fmt: skip
-    """Compile `int_grouped.device.product` for compute capability `target` (80, 90). `group` 0: one scale per row.
-
-    `one`: for a single row of x, which Triton compiles apart, as it does for every argument that is 1.
-    """
+    """Compile `int_grouped.device.product` for compute capability `target` (80, 90). `group` 0: one scale per row."""
     from compress_kernels.int_grouped import device
 
     constants = {"BITS": bits, "GROUP": group, "WIDE": wide, "BF16_SCALES": dtype == "bfloat16", "BM": BM, "BN": BN,
                  "SPLIT": split, "EVEN_K": True, "BIAS": False, "OUTLIERS": outliers,
                  "BF16_VALUES": dtype == "bfloat16", "DECODE": 0}  # fmt: skip
-    if one:
-        constants["M"] = 1
     even = ("N", "NP", "K", "stride_x", "stride_y", "stride_t")
     made, where = compiled(device.product, arguments(dtype), constants, even, target, warps, stages)
     return _report(made, where, warps, BM)

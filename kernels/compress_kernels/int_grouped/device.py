@@ -261,7 +261,7 @@ def _store(acc, bias_ptr, y_at, work_ptr, locks_ptr, place, split, real_n, real_
             tl.store(y_at, total.to(y_at.dtype.element_ty), mask=real_n[:, None] & real_m[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "KT"))  # one program for every number of rows of x
 def product(x_ptr, words_ptr, stats_ptr, scale_ptr, bias_ptr, y_ptr, work_ptr, locks_ptr,
             xt_ptr, starts_ptr, entries_ptr, run_starts_ptr, run_rows_ptr, runs_ptr,
             M, N, NP, K, KT, stride_x, stride_y, stride_t,
@@ -324,7 +324,7 @@ def product(x_ptr, words_ptr, stats_ptr, scale_ptr, bias_ptr, y_ptr, work_ptr, l
            n < N, m < M, n, BM, BN, SPLIT, BIAS)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("first", "KT"))
 def dense(words_ptr, stats_ptr, scale_ptr, out_ptr, first, N, NP, K, KT,
           BITS: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr, BF16_SCALES: tl.constexpr,
           DECODE: tl.constexpr):  # fmt: skip
@@ -354,7 +354,7 @@ def dense(words_ptr, stats_ptr, scale_ptr, out_ptr, first, N, NP, K, KT,
         tl.store(spot, (q.to(tl.float32) * s[:, None]).to(out_ptr.dtype.element_ty), mask=(n[:, None] < N) & (k[None, :] < K))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("first",))
 def put(starts_ptr, entries_ptr, run_starts_ptr, run_rows_ptr, runs_ptr, out_ptr, first, K, BF16_VALUES: tl.constexpr):
     """Outliers of the rows 128·first … over what `dense` wrote. Grid: (tiles,)."""
     tile = tl.program_id(0)

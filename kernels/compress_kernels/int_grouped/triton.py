@@ -241,7 +241,7 @@ def _through_scratch(x: torch.Tensor, w: Weight, bias: torch.Tensor | None, y: t
 
 
 def fuse(weights: Sequence[Weight]) -> tuple[Weight, list[Weight]]:
-    """Weights that read the same x (q, k, v; gate, up) as one, and each again as a view of it, so that memory holds them once.
+    """Weights that read the same x (q, k, v; gate, up) as one, and each again with its words a view of it.
 
     The product with the first has each weight's outputs from a multiple of 128 on: `split` takes them apart. Raises ValueError
     where the weights differ in inputs, bits, group, types of scales and values, or in having outliers.
