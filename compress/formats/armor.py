@@ -30,7 +30,7 @@ KIND = "armor"
 VERSION = 1
 
 wrap = reference.wrap  # A S B (O, I) of a core (O, I), pre and post as stacks; differentiable
-STEP = 0.1  # of the usual one, in recovery
+STEPS = {"S": 0.3, "pre": 0.1, "post": 0.1}  # of the usual one, in recovery
 WRAPPERS = ("pre", "pre_rest", "post", "post_rest")
 value_dtype = int_grouped_outliers.value_dtype
 bits_per_weight = int_grouped.bits_per_weight
@@ -108,7 +108,7 @@ def pruned(packed: Packed) -> torch.Tensor:
 
 
 def trainable(packed: Packed) -> Trainable:
-    """The core's kept values and both wrappers may change, a tenth of the usual step each; the mask may not.
+    """The core's kept values and both wrappers may change, by 0.3 and 0.1 of the usual step; the mask may not.
 
     A step moves every entry of a factor by its share at once, and a weight of A S B sums over the entries of a block: at the
     usual step the product moves so far that training loses the solution which it starts from (docs/log.md).
@@ -125,7 +125,7 @@ def trainable(packed: Packed) -> Trainable:
         return pack(values, parts["pre"].cpu().to(dtype), parts["post"].cpu().to(dtype))
 
     parts = {"S": sparse24.dequantize(core), "pre": pre.float(), "post": post.float()}
-    return Trainable(parts, weight, rebuild, dict.fromkeys(parts, STEP))
+    return Trainable(parts, weight, rebuild, STEPS)
 
 
 def problems(packed: Packed) -> list[str]:
