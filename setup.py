@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE / "kernels" / "compress_kernels"
-KINDS = ("int_grouped", "bitmask", "armor", "lowrank_sparse", "masked_delta")
+KINDS = ("int_grouped", "bitmask", "armor", "lowrank_sparse", "masked_delta", "block")
 X86 = {0: [], 1: ["-mavx2", "-mfma", "-mf16c", "-mpopcnt"]}
 X86[2] = [*X86[1], "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 X86[3] = [*X86[2], "-mavx512vbmi2", "-mavx512bf16"]

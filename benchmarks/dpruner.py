@@ -24,7 +24,7 @@ import torch
 from jsonl import append, load
 
 import compress
-from compress import calibration, fit
+from compress import calibration, fit, running
 from compress.checkpoint.reader import CheckpointReader
 from compress.methods import dpruner
 from compress.methods._masks import keep_highest, zeros
@@ -154,7 +154,7 @@ def collect(model: Path, general: Path | None, domain: Path, where: Path) -> Non
     ask = fit._ask(texts)
     ready = fit._prepare(model, "dpruner", "prune", ask)
     work = WorkDir(where, ready.mark, restart=False)
-    run = fit._Run(ready.job, ask, work, ready.tokens, ready.domain)
+    run = running.Run(ready.job, ask, work, ready.tokens, ready.domain)
     run.survey = Survey(run._walk(run.tokens), work.path / "survey", work.job)
     run.survey.run()
     dpruner.reducer = Sums  # type: ignore[assignment]

@@ -7,7 +7,8 @@ The first form measures (SmolLM2 as in benchmarks/compare_awq.py: 16 calibration
 512 of WikiText-2; groups of 64; --stories instead: the shipped checkpoint, groups of 32, TinyStories) and appends to
 benchmarks/results/quality.jsonl; what is there already is not measured again. The second writes the tables from that file.
 PEER as in compare_awq.py; its GPTQ and AWQ run on the same windows. --mixed instead measures GWQ (groups of 16, 1 % of the weights
-kept) and mixed widths, which are compared by the bits that they really take.
+kept) and mixed widths, which are compared by the bits that they really take. --heads measures --lm-head-bits: none, 8 and 4, with
+W4 linears.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from compare_awq import peer
 from jsonl import append, load
 
 import compress
+from compress.fit import dry_run
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
@@ -44,6 +46,10 @@ MIXED: dict[str, tuple[str, int, dict[str, Any]]] = {  # method, bits, options
     **{f"gwq --quality, {b}-bit base": ("gwq", b, {"group_size": 16, "quality": True}) for b in (3, 4)},
     "gwq --quality --score abs-ge, 3-bit base": ("gwq", 3, {"group_size": 16, "quality": True, "score": "abs-ge"}),
     **{f"{m} --target-bpw {t}": (m, 3, {"target_bpw": t}) for t in (3.0, 3.547, 4.0) for m in ("rtn", "gptq", "rsq")},
+}
+
+HEADS: dict[str, tuple[str, int | None]] = {  # method, --lm-head-bits
+    f"{method}, head of {bits or 16} bits": (method, bits) for method in ("rtn", "gptq") for bits in (None, 8, 4)
 }
 
 
@@ -68,7 +74,7 @@ def measure(method: str, bits: int, symmetric: bool, what: dict[str, Any], **opt
         out = Path(folder) / "out"
         report = compress.quantize(what["model"], method, out, bits=bits, symmetric=symmetric, **data, **options)
         value = compress.evaluate(out, text=what["text"], **what["eval"])["perplexity"].value
-    return {"perplexity": value, "seconds": report.seconds, "bits_per_weight": report.bits_per_weight}
+    return {"perplexity": value, "seconds": report.seconds, "bits_per_weight": report.bits_per_weight, "bytes": report.bytes}
 
 
 def main() -> None:
@@ -79,7 +85,8 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--symmetric", action="store_true")
     parser.add_argument("--mixed", action="store_true", help="GWQ and mixed widths")
-    parser.add_argument("--only", help="names of jobs, separated by semicolons")
+    parser.add_argument("--heads", action="store_true", help="rounded embeddings and heads")
+    parser.add_argument("--only", help="names of jobs, the peer's too, separated by semicolons")
     parser.add_argument("--render", action="store_true", help="only write docs/quality.md from the results")
     args = parser.parse_args()
     if args.render:
@@ -87,14 +94,20 @@ def main() -> None:
         return
     what = setting(args.stories, args.model)
     label = "stories15M" if args.stories else "SmolLM2-135M"
-    wanted = [n.strip() for n in args.only.split(";")] if args.only else list(MIXED if args.mixed else JOBS)
+    jobs: dict[str, Any] = HEADS if args.heads else MIXED if args.mixed else JOBS
+    wanted = [n.strip() for n in args.only.split(";")] if args.only else list(jobs)
+    if args.heads:
+        for name in wanted:
+            method, head = HEADS[name]
+            note(label, name, 4, False, what, lambda m=method, h=head: rounded(label, m, h, what))
+        return
     if args.mixed:
         for name in wanted:
             method, bits, options = MIXED[name]
             note(label, name, bits, False, what, lambda m=method, b=bits, o=options: measure(m, b, False, what, **o))
         return
     for bits in args.bits:
-        peers = ("llm-compressor gptq", "llm-compressor awq") if args.peer_python and not args.stories else ()
+        peers = ("llm-compressor gptq", "llm-compressor awq") if args.peer_python and not args.stories and not args.only else ()
         for name in (*wanted, *peers):
             if name in JOBS:
                 method, options = JOBS[name]
@@ -102,6 +115,15 @@ def main() -> None:
             else:
                 run = lambda n=name, b=bits: theirs(args, n.split()[1], b, what["group_size"])  # noqa: E731
             note(label, name, bits, args.symmetric, what, run)
+
+
+def rounded(label: str, method: str, head: int | None, what: dict[str, Any]) -> dict[str, Any]:
+    """One job with a rounded head; with the head as it was, the row that is there already, and the size, which headers tell."""
+    before = [r for r in load(RESULTS) if (r["model"], r["job"], r["bits"], r["symmetric"]) == (label, method, 4, False)]
+    if head is not None or not before:
+        return measure(method, 4, False, what, lm_head_bits=head)
+    size = dry_run(what["model"], method, bits=4, symmetric=False, group_size=what["group_size"]).artifact_bytes
+    return {key: before[-1][key] for key in ("perplexity", "seconds")} | {"bytes": size}
 
 
 def theirs(args: argparse.Namespace, method: str, bits: int, group_size: int) -> dict[str, Any]:
@@ -127,7 +149,7 @@ def render(rows: list[dict[str, Any]]) -> str:
         "the rows are in `benchmarks/results/quality.jsonl`. One small model and one text each: a comparison, not a promise.", "",
     ]  # fmt: skip
     for model, symmetric in sorted({(r["model"], r["symmetric"]) for r in rows}):
-        part = [r for r in rows if (r["model"], r["symmetric"]) == (model, symmetric) and r["job"] not in MIXED]
+        part = [r for r in rows if (r["model"], r["symmetric"]) == (model, symmetric) and r["job"] not in MIXED | HEADS]
         widths = sorted({r["bits"] for r in part}, reverse=True)
         kind = "symmetric" if symmetric else "asymmetric"
         lines += [f"## {model}, groups of {part[0]['group_size']}, {kind}", ""]
@@ -137,8 +159,28 @@ def render(rows: list[dict[str, Any]]) -> str:
             if found:
                 lines.append(f"| {job} | " + " | ".join(found.get(b, "") for b in widths) + " |")
         lines.append("")
-    lines += mixed(rows)
+    lines += mixed(rows) + heads(rows)
     return "\n".join(lines)
+
+
+def heads(rows: list[dict[str, Any]]) -> list[str]:
+    """Rounded embeddings and heads: perplexity and size."""
+    found = {(r["model"], r["job"]): r for r in rows if r["job"] in HEADS}
+    if not found:
+        return []
+    lines = [
+        "## Rounded embedding and head", "",
+        "`--lm-head-bits` with 4-bit linears, groups as above. Both models tie their heads: one tensor serves both. Sizes are",
+        "those of the weight files; SmolLM2's table as it was is float32 (56.6 MB less in 16 bits), that of stories15M float16.",
+        "", "| | head as it was | 8 bits | 4 bits |", "| --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for model in sorted({m for m, _ in found}):
+        for method in ("rtn", "gptq"):
+            cells = [found.get((model, f"{method}, head of {b} bits")) for b in (16, 8, 4)]
+            shown = ["" if r is None else f"{r['perplexity']:.2f}, {r['bytes'] / 1e6:.1f} MB" for r in cells]
+            if any(shown):
+                lines.append(f"| {model}, {method} | " + " | ".join(shown) + " |")
+    return [*lines, ""]
 
 
 def mixed(rows: list[dict[str, Any]]) -> list[str]:

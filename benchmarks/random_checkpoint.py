@@ -1,7 +1,7 @@
 """Write a Llama checkpoint with random weights, shard by shard, to measure memory and speed at a real model's size.
 
-The llama3-8b shape is Llama-3-8B's; --blocks makes it shallower. Only one shard is in memory at a time. The tokenizer
-is the one of examples/stories15M: its ids stay below 32000, which every shape here has room for.
+The llama3-8b shape is Llama-3-8B's, tinyllama-1.1b TinyLlama's; --blocks makes it shallower. Only one shard is in memory at a
+time. The tokenizer is the one of examples/stories15M: its ids stay below 32000, which every shape here has room for.
 
     python benchmarks/random_checkpoint.py --shape llama3-8b --blocks 32 --out out/random-8b
 """
@@ -35,6 +35,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 32,
         "vocab_size": 128256,
         "max_position_embeddings": 8192,
+    },
+    "tinyllama-1.1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "num_hidden_layers": 22,
+        "vocab_size": 32000,
+        "max_position_embeddings": 2048,
     },
     "tiny": {
         "hidden_size": 128,

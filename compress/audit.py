@@ -15,8 +15,10 @@ from compress.checkpoint.reader import CheckpointReader, read_json
 from compress.errors import CompressError
 from compress.formats import lowrank_sparse
 from compress.formats._where import loads
+from compress.loading import load
 from compress.models import rotate
 from compress.models.skeleton import Skeleton, load_config
+from compress.modules import CompressedWeight, TiedLinear
 from compress.types import Packed
 
 
@@ -44,6 +46,7 @@ class Description:
     pruned: dict[str, Any] | None  # method and config of the pruning before a quantization
     factors: dict[str, tuple[int, int, int, int]]  # last part of a linear's name -> least and greatest rank, columns
     kept: float | None  # share of the factorized linears' parameters
+    heads: list[dict[str, Any]]  # embedding and head where they are rounded: name, bits, error, bytes, and those at 16 bits
     report: dict[str, Any] | None
 
 
@@ -55,8 +58,10 @@ def describe(folder: Path) -> Description:
     weights = {n: e["shape"][0] * e["shape"][1] for n, e in linears.items()}
     compressed = sum(weights.values())
     stored = sum(e.nbytes for e in reader.entries.values())
-    dense = sum(math.prod(e.shape) for n, e in reader.entries.items() if n.rsplit(".", 1)[0] not in linears)
-    dense += sum(math.prod(reader.shape(f"{n}.bias")) for n in linears if f"{n}.bias" in reader)
+    packed = manifest.stored(known)
+    dense = sum(math.prod(e.shape) for n, e in reader.entries.items() if n.rsplit(".", 1)[0] not in packed)
+    dense += sum(math.prod(reader.shape(f"{n}.bias")) for n in packed if f"{n}.bias" in reader)
+    dense += sum(math.prod(e["shape"]) for e in known.get("heads", {}).values())
     errors = sorted(((n, e["error"]) for n, e in linears.items()), key=lambda t: -t[1])
     report = folder / "report.json"
     return Description(
@@ -65,8 +70,20 @@ def describe(folder: Path) -> Description:
         known["source"].get("weight_bytes"), compressed + dense, errors[:5],
         sum(e for _, e in errors) / max(len(errors), 1),
         loads(read_json(folder / "config.json")), known["search"], _widths(linears), *_zeros(linears),
-        known["source"].get("pruned"), *_factors(linears), read_json(report) if report.exists() else None,
+        known["source"].get("pruned"), *_factors(linears), _heads(known), read_json(report) if report.exists() else None,
     )  # fmt: skip
+
+
+def _heads(known: dict[str, Any]) -> list[dict[str, Any]]:
+    """Embedding and head, where they are rounded."""
+    rows = []
+    for name, entry in known.get("heads", {}).items():
+        size = math.prod(entry["shape"])
+        rows.append({
+            "name": name, "bits": entry["params"]["bits"], "error": entry["error"], "bytes": round(size * entry["bits"] / 8),
+            "bytes_at_16_bits": 2 * size,
+        })  # fmt: skip
+    return rows
 
 
 def _factors(linears: dict[str, dict[str, Any]]) -> tuple[dict[str, tuple[int, int, int, int]], float | None]:
@@ -103,6 +120,33 @@ def _zeros(linears: dict[str, dict[str, Any]]) -> tuple[dict[str, tuple[float, f
     return out, sorted({f"{e['params']['n']}:{e['params']['m']}" for e in linears.values() if "n" in e["params"]})
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Linears that run alike on this machine."""
+
+    path: str
+    what: str  # kind and settings
+    linears: list[str]
+    others: dict[str, str]  # every other path -> why it does not run
+
+
+def explain(folder: Path, dtype: str | None = None) -> tuple[dict[str, Any], list[Choice]]:
+    """What decides this machine's paths, and which of them each compressed linear takes; loads the model."""
+    from compress_kernels import dispatch
+
+    model = load(folder, dtype=dtype)
+    found: dict[str, Choice] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, CompressedWeight) and module.prepared is not None and not isinstance(module, TiedLinear):
+            settings = ", ".join(f"{k}={v}" for k, v in module.params.items() if k not in ("nnz", "outliers", "rank", "columns"))
+            others = module.passed_over()
+            key = str((module.path, module.kind, settings, others))
+            found.setdefault(key, Choice(module.path, f"{module.kind} {settings}".strip(), [], others)).linears.append(name)
+    table = dispatch.path()
+    facts = {**dispatch.machine(), "activations": str(model.dtype).removeprefix("torch."), "table": str(table)}
+    return {**facts, "tuned": bool(dispatch.read(table))}, list(found.values())
+
+
 def verify(folder: Path) -> list[str]:
     """Problems of an artifact: files against the manifest, tensors against their format and the model, finite values."""
     known = manifest.read(folder)
@@ -114,7 +158,7 @@ def verify(folder: Path) -> list[str]:
     skeleton = _skeleton(folder)
     floats = {n.rpartition(".")[0]: reader.dtype(n) for n in reader.names if _is_float(reader, n)}
     for name, shape in skeleton.parameters().items():
-        entry = known["linears"].get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        entry = manifest.stored(known).get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if entry is None or entry["kind"] == "dense":
             expected[name] = (None, shape)
         else:
@@ -137,7 +181,7 @@ def verify(folder: Path) -> list[str]:
         elif reader.dtype(name) in dtypes.FLOATS and not all(dtypes.finite(p) for p in reader.chunks(name)):
             problems.append(f"{name}: holds NaN or Inf")
     if not problems:
-        for linear, entry in known["linears"].items():
+        for linear, entry in manifest.stored(known).items():
             module = registry.by_kind(entry["kind"])
             if entry["version"] != module.VERSION:
                 problems.append(f"{linear}: {entry['kind']} version {entry['version']}, this program writes {module.VERSION}")
@@ -210,7 +254,7 @@ def verify_deep(folder: Path, model: str | Path) -> list[str]:
             )
     scaled = {n for row in known["search"] for n in _scaled(row)}
     problems = []
-    for name, entry in known["linears"].items():
+    for name, entry in manifest.stored(known).items():
         transposed = f"{name}.weight" in skeleton.conv1d_weights
         W = view.read(f"{name}.weight").float()
         W = W.T.contiguous() if transposed else W

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -14,20 +16,16 @@ import torch
 
 from compress import calibration, products
 from compress.checkpoint import manifest, source, unpacked
-from compress.checkpoint.writer import CheckpointWriter, plan_shards
+from compress.checkpoint.writer import plan_shards
 from compress.errors import CompressError
 from compress.formats import lowrank_sparse
 from compress.job import Asked, Job, prepare
-from compress.pipeline import artifact, memory
-from compress.pipeline.blocks import Blocks
-from compress.pipeline.choices import decide, reducers
-from compress.pipeline.estimate import Estimate, estimate, on_disk, reverse_bytes, reverse_seconds
-from compress.pipeline.forward import Forward
+from compress.pipeline import artifact, heads, memory
+from compress.pipeline.choices import reducers
+from compress.pipeline.estimate import Estimate, estimate, reverse_bytes, reverse_seconds
 from compress.pipeline.places import TOOL, already_done, check_space, discard, discard_leftover, places
-from compress.pipeline.resume import WorkDir, fingerprint, may_replace, tidy
-from compress.pipeline.reverse import Reverse
-from compress.pipeline.survey import Survey
-from compress.pipeline.walk import Walk
+from compress.pipeline.resume import Lock, WorkDir, fingerprint, may_replace, tidy
+from compress.running import Run
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +60,8 @@ def quantize(
 
     `options` are those of `job.Asked` and the method's own (`bits`, `group_size`, …). `layer_config` gives linears widths of
     their own ("re:.*down_proj=8"); `target_bpw` chooses those of the others from 2, 3, 4 and 8 bits, so that all linears take at
-    most so many bits per weight and the measured loss is least; `keep_zeros` treats a dense checkpoint's zeros as a pruned one's.
+    most so many bits per weight and the measured loss is least; `lm_head_bits` (8 or 4) rounds embedding and head; `keep_zeros`
+    treats a dense checkpoint's zeros as a pruned one's.
     An unfinished run of the same job is continued unless `resume=False`; the artifact appears under `out` by one rename, when it
     is whole.
     """
@@ -88,21 +87,23 @@ def prune(
             raise CompressError(f"{name} is not an option of prune", hint="compress.quantize has it", usage=True)
     if then_bits is None:
         return _compress(model, method, out, "prune", first)
+    first = dataclasses.replace(first, lm_head_bits=None, lm_head_only=False)
     ready, second = _prepare(model, method, "prune", first), _second(common, then_bits, then_group_size)
     then = _second_job(model, then_method, second, ready.job)
     calib = _calibrate(then, dataset, second) if then.needs_text else None
     out, work = places(out, None)
     between, begun = places(out.absolute().with_name(f"{out.absolute().name}.pruned.partial"), first.work_dir)
-    replace = not resume or may_replace(begun, ready.mark)
     facts = _facts(then, calib, None, second.seed, {})
-    if _holds_both(out, ready.mark, then, facts, replace, between.exists() or begun.exists()):
-        tidy(work)
+    with Lock(work) as lock:  # over both steps
+        replace = not resume or may_replace(begun, ready.mark)
+        if not _holds_both(out, ready.mark, then, facts, replace, between.exists() or begun.exists()):
+            resumed = _carry_out(ready, between, first)
+            second = dataclasses.replace(second, resume=not replace)
+            _carry_out(_prepare(between, then_method, "quantize", second), out, second, lock, functools.partial(discard, between))
+            return _report(ready.job, out, began, resumed)
         discard_leftover(between, ready.mark)
-        return _report(ready.job, out, began, True)
-    resumed = _carry_out(ready, between, first)
-    _compress(between, then_method, out, "quantize", dataclasses.replace(second, resume=not replace))
-    discard(between)
-    return _report(ready.job, out, began, resumed)
+    tidy(work)
+    return _report(ready.job, out, began, True)
 
 
 def factorize(
@@ -177,8 +178,13 @@ def _compress(model: str | Path, method: str, out: Path, verb: str, ask: Asked) 
     return _report(ready.job, out, began, resumed)
 
 
-def _carry_out(ready: _Ready, out: Path, ask: Asked) -> bool:
-    """Make the artifact, or find it made; whether something was there already."""
+def _carry_out(
+    ready: _Ready, out: Path, ask: Asked, lock: Lock | None = None, then: Callable[[], None] = lambda: None
+) -> bool:  # fmt: skip
+    """Make the artifact, or find it made; whether something was there already. `then` runs when it is at its place.
+
+    `lock` is that of the work folder, where it is held already.
+    """
     job, mark = ready.job, ready.mark
     out, work_path = places(out, ask.work_dir)
     replace = not ask.resume or may_replace(work_path, mark)
@@ -186,16 +192,17 @@ def _carry_out(ready: _Ready, out: Path, ask: Asked) -> bool:
         if ask.work_dir is None:
             tidy(work_path)
         logger.info("%s is already there, made by the same job (--restart makes it again)", out)
+        then()
         return True
-    work = WorkDir(work_path, mark, restart=not ask.resume)
+    work = WorkDir(work_path, mark, restart=not ask.resume, lock=lock)
     resumed = work.done > 0 or any((work.path / part).exists() for part in ("reverse", "survey"))
-    run = _Run(job, ask, work, ready.tokens, ready.domain)
+    run = Run(job, ask, work, ready.tokens, ready.domain)
     try:
-        check_space(work, plan_shards(job.layout.plan, job.max_shard))
+        check_space(work, plan_shards(job.layout.plan, job.max_shard), run.spooled)
         with memory.long_run(), products.faster():
             run.all()
         _finish(run.job, work, {**ready.facts, "job": mark, "format": job.format})
-        work.publish(out, ask.work_dir is not None, replace)
+        work.publish(out, ask.work_dir is not None, replace, then)
     finally:
         work.close()
     return resumed
@@ -219,69 +226,8 @@ def _holds_both(out: Path, pruned: str, then: Job, facts: dict[str, Any], replac
 def _mark(job: Job, facts: dict[str, Any]) -> str:
     """The job's fingerprint: everything that decides the bytes."""
     settings = {"format": job.format, "batch": job.batch_size, "device": job.device.split(":")[0], "ignore": list(job.ignore)}
-    return fingerprint({**facts, **settings, "shard": job.max_shard})
-
-
-class _Run:
-    """The walks of one job: a survey and a reverse walk where the method asks for them, then the one that compresses."""
-
-    def __init__(self, job: Job, ask: Asked, work: WorkDir, tokens: torch.Tensor | None, domain: torch.Tensor | None) -> None:
-        self.job, self.ask, self.work = job, ask, work
-        self.tokens, self.domain = tokens, domain
-        self.survey: Survey | None = None
-        self.reverse: Reverse | None = None
-
-    def all(self) -> None:
-        """Every walk, in order."""
-        if self.job.surveys:
-            tokens = self.tokens if self.job.survey_observes else None
-            self.survey = Survey(self._walk(tokens), self.work.path / "survey", self.work.job)
-            self.survey.run()
-        self._gradients()
-        job, work = self.job, self.work
-        writer = CheckpointWriter(work.artifact, job.layout.plan, job.max_shard)
-        writer.open(fresh=work.done == 0)
-        tokens = self.tokens if job.observes else None
-        Forward(self._walk(None if tokens is None else calibration.expand(tokens, job.expand)), writer, work).run()
-        writer.finish()
-
-    def _walk(self, tokens: torch.Tensor | None) -> Walk:
-        job = self.job
-        disk = on_disk(self.ask.states, tokens.numel() if tokens is not None else 0, self._width, job.dtype)
-        return Walk(
-            job.skeleton, job.view, job.layout, job.method, job.config, tokens, job.batch_size, job.device, job.dtype,
-            self.work.path if disk else None, self.ask.progress,
-            None if self.reverse is None else self.reverse.result, None if self.survey is None else self.survey.result,
-        )  # fmt: skip
-
-    @property
-    def _width(self) -> int:
-        return int(self.job.skeleton.config.get_text_config().hidden_size)
-
-    def _gradients(self) -> None:
-        """The reverse walk, where the method or the widths ask for gradients, and the layout that follows from it."""
-        job, work = self.job, self.work
-        makers = reducers(job.method, job.config, job.layout, job.widths)
-        if makers:
-            tokens = self.domain if self.domain is not None else self.tokens
-            assert tokens is not None
-            tokens = tokens[: job.samples]
-            blocks = Blocks(job.skeleton, job.view, job.device, job.dtype)
-            kept = tokens.numel() * (len(blocks) + 1) // 3  # `on_disk` counts three copies
-            disk = on_disk(self.ask.states, kept, self._width, job.dtype)
-            self.reverse = Reverse(
-                blocks, job.layout, tokens, makers, work.path / "reverse", work.path if disk else None, work.job,
-                self.ask.progress, None if self.survey is None else self.survey.result,
-            )  # fmt: skip
-            self.reverse.run()
-        if makers or self.survey is not None:
-            prefixes = [job.skeleton.prefix(i) for i in range(len(job.skeleton.blocks))]
-            self.job = job.planned(decide(job.layout, prefixes, job.method, job.config, job.widths, self._kept))
-
-    def _kept(self, index: int) -> dict[str, torch.Tensor]:
-        """What the earlier walks kept of a block."""
-        walks = (self.survey, self.reverse)
-        return {name: t for walk in walks if walk is not None for name, t in walk.result(index).items()}
+    head = {} if job.head is None else {"lm_head": list(job.head)}
+    return fingerprint({**facts, **settings, "shard": job.max_shard, **head})
 
 
 def _finish(job: Job, work: WorkDir, facts: dict[str, Any]) -> None:
@@ -289,7 +235,8 @@ def _finish(job: Job, work: WorkDir, facts: dict[str, Any]) -> None:
     artifact.write_companions(
         job.folder, work.artifact, job.layout, job.skeleton, job.method_name, job.name, job.view.untied
     )  # fmt: skip
-    artifact.write_manifest(work.artifact, {**facts, "linears": work.state["linears"], "search": work.state["search"]})
+    made = {key: work.state[key] for key in ("linears", "heads", "search") if key != "heads" or work.state[key]}
+    artifact.write_manifest(work.artifact, {**facts, **made})
 
 
 def dry_run(model: str | Path, method: str, *, verb: str = "quantize", **options: Any) -> Estimate:
@@ -298,7 +245,7 @@ def dry_run(model: str | Path, method: str, *, verb: str = "quantize", **options
     if verb == "prune":  # a factorization quantizes in the same step: its own options
         then_bits = options.pop("then_bits", None)
         then_method, then_group_size = options.pop("then_method", then_method), options.pop("then_group_size", then_group_size)
-    ask = _ask(options)
+    ask = _ask(options if then_bits is None else options | {"lm_head_bits": None, "lm_head_only": False})  # the quantization's
     job = prepare(model, method, verb, ask)
     first = _estimate(job, ask)
     if then_bits is None:
@@ -315,12 +262,15 @@ def _estimate(job: Job, ask: Asked) -> Estimate:
     tokens = job.nsamples * job.expand * (job.seqlen or 0) if job.observes or job.survey_observes else 0
     windows = (tokens, job.batch_size, job.seqlen or 0)
     found = estimate(job.skeleton, job.view, job.layout, job.method, job.config, size, *windows, job.dtype, ask.states)
+    found = dataclasses.replace(found, seconds=found.seconds + heads.seconds(job.layout.heads.values()))
     makers = reducers(job.method, job.config, job.layout, job.widths)
     exact = ask.target_bpw is None and getattr(job.config, "scope", "tensor") != "global" and not _settles_sizes(job)
     if not makers or job.seqlen is None:
         return dataclasses.replace(found, exact=exact)
-    peak = reverse_bytes(job.skeleton, job.view, len(makers), job.samples, job.seqlen, job.dtype, ask.states)
+    trains = job.schedule is not None
+    peak = reverse_bytes(job.skeleton, job.view, len(makers), job.samples, job.seqlen, job.dtype, ask.states, trains)
     seconds = reverse_seconds(job.layout, job.samples * job.seqlen, 4 if ask.target_bpw is not None else 0)
+    seconds *= 1.5 * job.schedule.epochs if job.schedule is not None else 1.0
     peak = max(found.peak_memory, peak)
     return dataclasses.replace(found, peak_memory=peak, seconds=found.seconds + seconds, exact=exact)
 

@@ -22,6 +22,7 @@ def stream(
     from transformers import TextIteratorStreamer
 
     from compress.calibration import load_tokenizer
+    from compress.decoding import loop
     from compress.loading import load
 
     folder = source.resolve(model)
@@ -37,6 +38,9 @@ def stream(
     if not chat:
         yield prompt
     inputs = {k: v.to(network.device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+    if loop.usable(network) is None:
+        yield from _native(network, tokenizer, inputs["input_ids"], max_new_tokens, temperature, seed)
+        return
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     sampling = _sampling(temperature)
     failure: list[BaseException] = []
@@ -56,6 +60,27 @@ def stream(
     thread.join()
     if failure:
         raise failure[0]
+
+
+def _native(network: Any, tokenizer: Any, ids: Any, max_new_tokens: int, temperature: float, seed: int) -> Iterator[str]:
+    """The continuation's pieces, by our own loop."""
+    import torch
+    from transformers import TextStreamer
+
+    from compress.decoding import loop
+
+    pieces: list[str] = []
+
+    class Pieces(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            pieces.append(text)
+
+    streamer = Pieces(tokenizer, skip_special_tokens=True)
+    for token in loop.tokens(network, ids, max_new_tokens, temperature=temperature, seed=seed):
+        streamer.put(torch.tensor([token]))
+        yield pieces.pop()
+    streamer.end()
+    yield pieces.pop()
 
 
 def _check(max_new_tokens: int, temperature: float) -> None:

@@ -24,7 +24,7 @@ from compress.models.skeleton import Skeleton, load_config
 from compress.models.view import CheckpointView
 from compress.pipeline import layout
 from compress.pipeline.choices import WIDTH_SAMPLES, Choices, Widths, reducers
-from compress.types import Progress, Sparsity
+from compress.types import Progress, Schedule, Sparsity
 
 logger = logging.getLogger(__name__)
 _BATCH_TOKENS = 1024
@@ -45,6 +45,8 @@ class Asked:
     ignore: tuple[str, ...] = ()
     layer_config: tuple[str, ...] = ()
     target_bpw: float | None = None
+    lm_head_bits: int | None = None
+    lm_head_only: bool = False
     keep_zeros: bool = False
     of_model: bool = False
     states: str = "auto"
@@ -78,11 +80,12 @@ class Job:
     ignore: tuple[str, ...]
     widths: Widths
     history: Mapping[str, Any] = field(default_factory=dict)  # of a pruned source, for the manifest
+    head: tuple[int, bool] | None = None  # `layout.HeadChoice`
 
     def planned(self, choices: Choices) -> Job:
         """The same job with format params that its linears were given."""
         mixed = self.widths.asked
-        plan = layout.make(self.skeleton, self.view, self.config, self.format, self.ignore, choices, mixed)
+        plan = layout.make(self.skeleton, self.view, self.config, self.format, self.ignore, choices, mixed, self.head)
         return dataclasses.replace(self, layout=plan)
 
     @property
@@ -108,6 +111,12 @@ class Job:
     def surveys(self) -> bool:
         """Whether the method walks over the blocks once before it compresses them."""
         return bool(self.method.surveys(self.config)) if hasattr(self.method, "surveys") else False
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """How the method trains while gradients are taken, if it does."""
+        found: Schedule | None = self.method.training(self.config) if hasattr(self.method, "training") else None
+        return found
 
     @property
     def samples(self) -> int:
@@ -170,6 +179,17 @@ def _warn_of_size(plan: layout.Layout, view: CheckpointView) -> None:
         logger.warning("the compressed linears take %.2f of the dense ones' bytes: use --format dense%s", after / before, hint)
 
 
+def _head(verb: str, ask: Asked) -> layout.HeadChoice | None:
+    """What was asked for embedding and head."""
+    if ask.lm_head_bits is None:
+        if ask.lm_head_only:
+            raise CompressError("--lm-head-only goes with --lm-head-bits", hint="add --lm-head-bits 8", usage=True)
+        return None
+    if verb == "prune":  # a quantization after it takes the option
+        raise CompressError("--lm-head-bits goes with --then-bits here", hint="add --then-bits 4", usage=True)
+    return ask.lm_head_bits, ask.lm_head_only
+
+
 def prepare(model: str | Path, method: str, verb: str, ask: Asked, pruned: Mapping[str, Sparsity] | None = None) -> Job:
     """Check every option against the checkpoint's headers.
 
@@ -196,10 +216,11 @@ def prepare(model: str | Path, method: str, verb: str, ask: Asked, pruned: Mappi
     widths = Widths(ask.layer_config, ask.target_bpw)
     if widths.target is not None and any(s.wrapped for s in view.sparsity.values()):
         raise CompressError("--target-bpw cannot measure armor's cores", hint="use --layer-config", usage=True)
-    plan = layout.make(skeleton, view, config, form, ask.ignore, None, widths.asked)
+    head = _head(verb, ask)
+    plan = layout.make(skeleton, view, config, form, ask.ignore, None, widths.asked, head)
     if ask.of_model:
         config = _scale_to_model(config, plan, view)
-        plan = layout.make(skeleton, view, config, form, ask.ignore, None, widths.asked)
+        plan = layout.make(skeleton, view, config, form, ask.ignore, None, widths.asked, head)
     device = devices.pick(ask.device)
     half = device != "cpu" and all(t.dtype == "BF16" for t in plan.targets.values())
     calibrated = module.CALIBRATED or ask.target_bpw is not None or bool(getattr(config, "recover", 0))
@@ -212,9 +233,12 @@ def prepare(model: str | Path, method: str, verb: str, ask: Asked, pruned: Mappi
     job = Job(
         folder, history.pop("name", name), method.replace("-", "_").lower(), module, config, skeleton, view, plan, device,
         torch.bfloat16 if half else torch.float32, batch, ask.nsamples, length, ask.max_shard_size, form, ask.ignore, widths,
-        history,
+        history, head,
     )  # fmt: skip
     widths.check(plan)
+    if plan.embedding is not None and plan.guarded and form == layout.QUANTIZED:
+        logger.warning("rounded so, the embedding is read by compress alone; --format dense%s loads anywhere",
+                       "" if len(plan.heads) == 1 else ", or --lm-head-only with symmetric linears,")  # fmt: skip
     for linear in plan.left:
         logger.warning("%s stays dense: compressed-tensors 0.20 cannot read 4-bit zero-points of so few outputs", linear)
     _warn_of_size(plan, view)

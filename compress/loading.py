@@ -1,14 +1,15 @@
 """A folder becomes a model: our artifacts, llm-compressor's pack-quantized, AutoAWQ's gemm, ordinary checkpoints.
 
-The model is built on `meta`, its compressed linears are replaced by `CompressedLinear`, and the tensors are read one by
-one into their places. Before the first is read every name, dtype and shape is held to the format's `spec`: nothing is
-initialised at random and nothing is ignored. `register()` does the same inside transformers' own `from_pretrained`.
+The model is built on `meta`, its compressed linears are replaced by `CompressedLinear`, and the tensors are read one by one into
+their places; each linear is prepared for its kernel, and gives up what that does not need, before the next is read. Before all
+that every name, dtype and shape is held to the format's `spec`: nothing is initialised at random and nothing is ignored.
+`register()` does the same inside transformers' own `from_pretrained`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,21 +18,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from compress import devices, registry
+from compress import decoding, devices, registry
 from compress.checkpoint import dtypes, manifest, source
-from compress.checkpoint.bundled import GUARD, is_bundle
+from compress.checkpoint.bundled import is_bundle
+from compress.checkpoint.mapped import Place
 from compress.checkpoint.reader import CheckpointReader, read_json
 from compress.errors import CompressError
 from compress.formats import awq
-from compress.models.auto import auto_class, spelling
+from compress.formats._schemes import OWN, Scheme, scheme_of, schemes, unsupported
+from compress.models.auto import auto_class
 from compress.models.skeleton import load_config
-from compress.modules import CompressedLinear, linear_shape, place, prepare
+from compress.models.view import StoredTensors
+from compress.modules import (
+    CompressedEmbedding,
+    CompressedLinear,
+    CompressedWeight,
+    TiedLinear,
+    linear_shape,
+    place,
+    prepare,
+    prepare_one,
+)
+from compress.pipeline import memory
 from compress.types import Packed, TensorSpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-_GUARD = "compress-"
+_HOLES = 1 << 25  # weights whose remains are given back to the system together
 _INCOMPLETE = "the folder is incomplete: copy it again"
 _UNFIT = "the weights and config.json do not fit: was one of them edited or replaced?"
 
@@ -64,10 +78,11 @@ def load(
         if settings is None:
             return _load_dense(folder, config, chosen, device_map or {"": device})
         model = _empty(config, chosen)
-    _load_compressed(model, reader, settings, torch.device("cpu" if device_map else device))
-    model = model if device_map is None else _dispatch(model, device_map)
-    prepare(model, bool(exact))
-    return _finish(model, folder, settings)
+    _load_compressed(model, reader, settings, torch.device("cpu" if device_map else device), None if device_map else bool(exact))
+    if device_map is not None:
+        model = _dispatch(model, device_map)
+        prepare(model, bool(exact))
+    return _finish(decoding.attach(model), folder, settings)
 
 
 @contextmanager
@@ -135,118 +150,43 @@ def _finish(model: PreTrainedModel, folder: Path, settings: Mapping[str, Any]) -
 
 
 @dataclass(frozen=True, slots=True)
-class _Scheme:
-    """What `quantization_config` says about one group of linears."""
-
-    kind: str
-    params: Mapping[str, Any]
-    targets: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class _Linear:
     """A compressed linear of the artifact, held to its format's spec."""
 
-    scheme: _Scheme
+    scheme: Scheme
     shape: tuple[int, int]
     stored: str  # safetensors dtype of its float tensors
     suffixes: tuple[str, ...]
 
 
-class _Tensors:
-    """The tensors of a folder under the model's names, however the folder spells them."""
-
-    def __init__(self, model: PreTrainedModel, reader: CheckpointReader) -> None:
-        self._reader = reader
-        self._stored = {name: stored for stored, name in spelling(model, reader.names).items()}
-        self.names = self._stored.keys()
-
-    def spec(self, name: str) -> TensorSpec:
-        return self._reader.dtype(self._stored[name]), self._reader.shape(self._stored[name])
-
-    def read(self, name: str) -> torch.Tensor:
-        return self._reader.read(self._stored[name])
-
-
-def _schemes(settings: Mapping[str, Any]) -> list[_Scheme]:
-    """The groups of `quantization_config`, of which every one must be something that we can run."""
-    method = settings.get("quant_method")
-    if method == "awq":
-        version, bits = settings.get("version", "gemm"), settings.get("bits", settings.get("w_bit"))
-        if str(version).lower() != "gemm" or bits != 4:
-            raise _unsupported(f"AWQ version {version!r} with {bits} bits")
-        size = settings.get("group_size", settings.get("q_group_size"))
-        return [_Scheme(awq.KIND, {"bits": 4, "group_size": size, "symmetric": False}, ("Linear",))]
-    if method != "compressed-tensors" or not settings.get("config_groups"):
-        raise _unsupported(f"quant_method {method!r}")
-    schemes = []
-    for group in settings["config_groups"].values():
-        form = str(group.get("format") or settings.get("format"))
-        if form != "pack-quantized" and not form.startswith(_GUARD):
-            raise _unsupported(f"format {form!r}")
-        if form == GUARD:
-            raise CompressError("a bundle of fine-tunes", hint="compress.load(BUNDLE, task=NAME), or compress extract first")
-        kind = "int_grouped" if form == "pack-quantized" else form.removeprefix(_GUARD)
-        registry.by_kind(kind)  # refuses what we do not know
-        params = group["compress"] if isinstance(group.get("compress"), dict) else _weights(group)
-        schemes.append(_Scheme(kind, params, tuple(group.get("targets", ()))))
-    return schemes
-
-
-def _weights(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Our params of a compressed-tensors group: bits, group_size, symmetric."""
-    weights = group.get("weights") or {}
-    strategy, bits = weights.get("strategy"), weights.get("num_bits")
-    if weights.get("type", "int") != "int" or strategy not in ("group", "channel") or bits not in range(2, 9):
-        raise _unsupported(f"{bits}-bit {weights.get('type')} weights with strategy {strategy!r}")
-    if group.get("input_activations") or group.get("output_activations"):
-        raise _unsupported("quantized activations")
-    size = weights.get("group_size") if strategy == "group" else -1
-    return {"bits": bits, "group_size": size, "symmetric": bool(weights.get("symmetric", True))}
-
-
-def _unsupported(what: str) -> CompressError:
-    hint = "load it with transformers' AutoModelForCausalLM, or upgrade llm-compress if that wrote it"
-    return CompressError(f"quantization_config: {what} is not supported here", hint=hint)
-
-
-def _scheme(name: str, module: nn.Module, schemes: list[_Scheme]) -> _Scheme:
-    """The group of a linear, by compressed-tensors' rules: its name, then a regular expression, then its class."""
-    tests: tuple[Callable[[str], bool], ...] = (
-        lambda target: target == name,
-        lambda target: target.startswith("re:") and re.match(target[3:], name) is not None,
-        lambda target: target in {"Linear", *(cls.__name__ for cls in type(module).__mro__)},
-    )
-    for test in tests:
-        for scheme in schemes:
-            if any(map(test, scheme.targets)):
-                return scheme
-    raise CompressError(f"{name}: compressed, but no group of quantization_config covers it", hint=_UNFIT)
-
-
-def _plan(model: PreTrainedModel, tensors: _Tensors, settings: Mapping[str, Any]) -> dict[str, _Linear]:
+def _plan(model: PreTrainedModel, tensors: StoredTensors, settings: Mapping[str, Any]) -> dict[str, _Linear]:
     """The compressed linears, each checked: those under whose name tensors lie, but no `weight`."""
-    schemes = _schemes(settings)
+    groups = schemes(settings)
     own: dict[str, set[str]] = {}
     for name in tensors.names:
         linear, _, suffix = name.rpartition(".")
         own.setdefault(linear, set()).add(suffix)
     plan = {}
     for name, module in model.named_modules():
-        shape, suffixes = linear_shape(module), own.get(name, set()) - {"bias"}
+        shape, suffixes = _shape(module), own.get(name, set()) - {"bias"}
         if shape is not None and suffixes and "weight" not in suffixes:
             found = {suffix: tensors.spec(f"{name}.{suffix}") for suffix in suffixes}
-            plan[name] = _check(name, _completed(_scheme(name, module, schemes), found), shape, found)
+            plan[name] = _check(name, _completed(scheme_of(name, module, groups), found), shape, found)
     return plan
 
 
-def _completed(scheme: _Scheme, found: Mapping[str, TensorSpec]) -> _Scheme:
+def _shape(module: nn.Module) -> tuple[int, int] | None:
+    """(O, I) of a linear, (V, D) of an embedding, None for any other module."""
+    return (module.num_embeddings, module.embedding_dim) if isinstance(module, nn.Embedding) else linear_shape(module)
+
+
+def _completed(scheme: Scheme, found: Mapping[str, TensorSpec]) -> Scheme:
     """The scheme with the params that only a linear's own tensors tell."""
     module = registry.by_kind(scheme.kind)
     return replace(scheme, params=module.complete(scheme.params, found)) if hasattr(module, "complete") else scheme
 
 
-def _check(name: str, scheme: _Scheme, shape: tuple[int, int], found: Mapping[str, TensorSpec]) -> _Linear:
+def _check(name: str, scheme: Scheme, shape: tuple[int, int], found: Mapping[str, TensorSpec]) -> _Linear:
     size = scheme.params.get("group_size", -1)
     if not isinstance(size, int) or (size != -1 and (size < 1 or shape[1] % size)):
         raise CompressError(f"{name}: {shape[1]} inputs are no multiple of group_size {size}", hint=_UNFIT)
@@ -268,7 +208,7 @@ def _check_manifest(folder: Path) -> set[str]:
     if not (folder / manifest.FILE).is_file():
         return set()
     facts = manifest.read(folder)
-    for name, record in facts["linears"].items():
+    for name, record in manifest.stored(facts).items():
         kind, version, known = record["kind"], record["version"], registry.by_kind(record["kind"]).VERSION
         if version > known:
             raise CompressError(f"{name}: {kind} version {version}, this program reads up to {known}", hint="upgrade llm-compress")
@@ -277,20 +217,17 @@ def _check_manifest(folder: Path) -> set[str]:
 
 def _replace(
     model: PreTrainedModel, reader: CheckpointReader, settings: Mapping[str, Any]
-) -> tuple[_Tensors, dict[str, _Linear], dict[str, torch.Tensor]]:
+) -> tuple[StoredTensors, dict[str, _Linear], dict[str, torch.Tensor]]:
     """Put a CompressedLinear on meta in every place; returns the tensors, the linears and the dense tensors to read.
 
     Every name, dtype and shape has been checked when this returns.
     """
     excess = _check_manifest(reader.folder)
-    tensors = _Tensors(model, reader)
+    tensors = StoredTensors(model, reader)
     plan = _plan(model, tensors, settings)
     packed, inner = set(), set()
     for name, linear in plan.items():
-        kind = "int_grouped" if linear.scheme.kind == awq.KIND else linear.scheme.kind
-        options = {"stored": linear.stored, "dtype": model.dtype, "bias": model.get_submodule(name).bias is not None}
-        place(model, name, CompressedLinear(kind, linear.scheme.params, linear.shape, **options))
-        model.all_tied_weights_keys.pop(f"{name}.weight", None)
+        _place(model, name, linear, tensors)
         packed |= {f"{name}.{suffix}" for suffix in linear.suffixes}
         inner |= {f"{name}.{suffix}" for suffix, _ in model.get_submodule(name).named_buffers()}
     dense = {name: t for name, t in model.state_dict(keep_vars=True).items() if name not in inner}
@@ -303,14 +240,44 @@ def _replace(
     return tensors, plan, dense
 
 
-def _load_compressed(model: PreTrainedModel, reader: CheckpointReader, settings: Mapping[str, Any], device: torch.device) -> None:
-    """Fill the empty model from the artifact, one linear or dense tensor at a time."""
+def _place(model: PreTrainedModel, name: str, linear: _Linear, tensors: StoredTensors) -> None:
+    """A compressed module on meta in the place of a linear or an embedding; a head that is tied to an embedding follows it."""
+    kind, module = "int_grouped" if linear.scheme.kind == awq.KIND else linear.scheme.kind, model.get_submodule(name)
+    options: dict[str, Any] = {"stored": linear.stored, "dtype": model.dtype}
+    model.all_tied_weights_keys.pop(f"{name}.weight", None)
+    if not isinstance(module, nn.Embedding):
+        place(model, name, CompressedLinear(kind, linear.scheme.params, linear.shape, bias=module.bias is not None, **options))
+        return
+    if kind != "int_grouped":
+        raise unsupported(f"an embedding of kind {kind}")
+    table = CompressedEmbedding(module, kind, linear.scheme.params, **options)
+    place(model, name, table)
+    for target in [t for t, own in model.all_tied_weights_keys.items() if own == f"{name}.weight"]:
+        head = target.removesuffix(".weight")
+        if not any(n.startswith(target) for n in tensors.names):  # else it has tensors of its own, though the config ties it
+            del model.all_tied_weights_keys[target]
+            place(model, head, TiedLinear(table, model.get_submodule(head).bias is not None))
+
+
+def _load_compressed(
+    model: PreTrainedModel, reader: CheckpointReader, settings: Mapping[str, Any], device: torch.device, exact: bool | None
+) -> None:  # fmt: skip
+    """Fill the empty model from the artifact, one linear or dense tensor at a time, the largest first; None: prepare nothing."""
     tensors, plan, dense = _replace(model, reader, settings)
     absent = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
-    for name, linear in plan.items():
-        _fill_linear(model.get_submodule(name), name, linear, tensors, device)
+    holes = 0
+    for name, linear in sorted(plan.items(), key=lambda item: -item[1].shape[0] * item[1].shape[1]):
+        module = model.get_submodule(name)
+        _fill_linear(module, name, linear, tensors, device)
+        if exact is not None:
+            prepare_one(name, module, exact)
+            holes += linear.shape[0] * linear.shape[1]
+        if holes > _HOLES:  # what a linear leaves behind in the heap, which the next ones do not fill
+            memory.release()
+            holes = 0
+    memory.release()
     for name, meta in dense.items():
-        tensor = tensors.read(name).to(device, meta.dtype)
+        tensor = tensors.read_as(name, meta.dtype, device)
         place(model, name, nn.Parameter(tensor, False) if isinstance(meta, nn.Parameter) else tensor)
     reader.close()
     model.tie_weights(missing_keys=absent - dense.keys(), recompute_mapping=False)
@@ -331,7 +298,7 @@ def _check_names(model: PreTrainedModel, present: set[str], wanted: Mapping[str,
         raise CompressError(f"tensor {extra[0]} is unexpected ({len(extra)} such)", hint=_UNFIT)
 
 
-def _fill_linear(module: nn.Module, name: str, linear: _Linear, tensors: _Tensors, device: torch.device) -> None:
+def _fill_linear(module: CompressedWeight, name: str, linear: _Linear, tensors: StoredTensors, device: torch.device) -> None:
     """Read one linear's tensors into its buffers; AWQ's become int_grouped's."""
     found: Mapping[str, torch.Tensor] = {suffix: tensors.read(f"{name}.{suffix}") for suffix in linear.suffixes}
     if linear.scheme.kind == awq.KIND:
@@ -341,12 +308,20 @@ def _fill_linear(module: nn.Module, name: str, linear: _Linear, tensors: _Tensor
         raise CompressError(f"tensor {name}.weight_shape holds {saw}, the model has {want}", hint=_UNFIT)
     for suffix, tensor in found.items():
         place(module, suffix, tensor.to(device))
+    module.places = _places(name, linear, tensors)
+
+
+def _places(name: str, linear: _Linear, tensors: StoredTensors) -> dict[str, Place]:
+    """Where a linear's buffers lie on the disk; AWQ's are others."""
+    if linear.scheme.kind == awq.KIND:
+        return {}
+    return {suffix: at for suffix in linear.suffixes if (at := tensors.place(f"{name}.{suffix}")) is not None}
 
 
 def _guarded(settings: Any) -> bool:
     """Whether a quantization_config has a group that only this package reads."""
     groups = settings.get("config_groups") if isinstance(settings, Mapping) else None
-    return any(str(g.get("format", "")).startswith(_GUARD) for g in (groups or {}).values() if isinstance(g, Mapping))
+    return any(str(g.get("format", "")).startswith(OWN) for g in (groups or {}).values() if isinstance(g, Mapping))
 
 
 def register() -> None:
@@ -367,7 +342,7 @@ def register() -> None:
             inner = config_dict.get("quantization_config", config_dict)
             if not _guarded(inner):
                 return StockConfig.from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
-            _schemes(inner)  # refuses a bundle
+            schemes(inner)  # refuses a bundle
             config = cls()
             config.compress_settings = dict(inner)
             return (config, kwargs) if return_unused_kwargs else config
@@ -387,14 +362,15 @@ def register() -> None:
 
         def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
             reader = CheckpointReader(Path(checkpoint_files[0]).parent)
-            _, plan, _ = _replace(model, reader, self.quantization_config.compress_settings)
-            for name in plan:  # a parent's initialiser would look for the linear's weight (GPT-2)
+            tensors, plan, _ = _replace(model, reader, self.quantization_config.compress_settings)
+            for name, linear in plan.items():  # a parent's initialiser would look for the linear's weight (GPT-2)
                 for part in (name, name.rpartition(".")[0]):
                     model.get_submodule(part)._is_hf_initialized = True
+                model.get_submodule(name).places = _places(name, linear, tensors)
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             prepare(model, exact=False)
-            return model
+            return decoding.attach(model)
 
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = Config
     auto.AUTO_QUANTIZER_MAPPING["compressed-tensors"] = Quantizer

@@ -1,4 +1,8 @@
-"""`CompressedLinear` stands where a linear stood: it holds the artifact's tensors and runs a kernel on them."""
+"""`CompressedLinear` and `CompressedEmbedding` stand where a linear or an embedding stood: the artifact's tensors, and a kernel.
+
+Their buffers are the artifact's tensors. A kernel path with a layout of its own does not need them once it is prepared: they are
+then put aside as pages of the file that they were read from (`checkpoint.mapped`), so that a weight lies in memory once.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,18 @@ from typing import Any
 
 import torch
 from compress_kernels import BackendError
+from compress_kernels.int_grouped import rows as gather
 from torch import nn
 
 from compress import registry
 from compress.checkpoint import dtypes
+from compress.checkpoint.mapped import Place
 from compress.errors import CompressError
 from compress.types import Packed
 
 
-class CompressedLinear(nn.Module):
-    """y = x Wᵀ + bias for a weight (O, I) stored in a format's tensors, which are this module's buffers.
+class CompressedWeight(nn.Module):
+    """A weight (O, I) stored in a format's tensors, which are this module's buffers.
 
     Buffers carry the format's names (`weight_packed`, `weight_scale`, …), so state-dict names equal those on disk. They
     keep their stored dtypes through `.to(dtype)`: only the arithmetic's dtype changes, never the weight's values.
@@ -26,30 +32,18 @@ class CompressedLinear(nn.Module):
     """
 
     def __init__(
-        self,
-        kind: str,
-        params: Mapping[str, Any],
-        shape: tuple[int, int],
-        *,
-        stored: str,
-        dtype: torch.dtype,
-        bias: bool = False,
+        self, kind: str, params: Mapping[str, Any], shape: tuple[int, int], *, stored: str, dtype: torch.dtype,
         device: str | torch.device = "meta",
-    ) -> None:
-        """`stored` is the safetensors dtype of the format's float tensors, `dtype` that of activations and bias."""
+    ) -> None:  # fmt: skip
+        """`stored` is the safetensors dtype of the format's float tensors, `dtype` that of activations."""
         super().__init__()
-        self.kind, self.params, self.dtype = kind, dict(params), dtype
-        self.out_features, self.in_features = shape
+        self.kind, self.params, self.dtype, self.shape = kind, dict(params), dtype, shape
         for name, (tensor_dtype, size) in registry.by_kind(kind).spec(params, shape, stored).items():
             self.register_buffer(name, torch.empty(size, dtype=dtypes.TORCH[tensor_dtype], device=device))
-        self.bias = nn.Parameter(torch.empty(shape[0], dtype=dtype, device=device), False) if bias else None
         self.exact = False
         self.prepared: Any = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(O, I)."""
-        return self.out_features, self.in_features
+        self.places: dict[str, Place] = {}  # buffer -> where it was read from
+        self._aside: dict[str, torch.Tensor] = {}  # buffers that are pages of a file
 
     @property
     def path(self) -> str:
@@ -61,38 +55,171 @@ class CompressedLinear(nn.Module):
         return importlib.import_module(f"compress_kernels.{self.kind}")
 
     def _prepare(self, exact: bool) -> Any:
-        return self._kernel.prepare(dict(self.named_buffers()), self.params, self.shape, self.dtype, exact)
+        return self._kernel.prepare(self._buffers, self.params, self.shape, self.dtype, exact)
 
     def prepare(self, exact: bool | None = None) -> None:
         """Build what the kernel needs from the loaded buffers; `exact` keeps to paths that equal the reference."""
         self.exact = self.exact if exact is None else exact
-        offloaded = any(b.is_meta for b in self.buffers())
-        self.prepared = None if offloaded else self._prepare(self.exact)
+        self.prepared = None
+        if not any(b.is_meta for b in self.buffers()):
+            self._recall()
+            self.prepared = self._prepare(self.exact)
+            self._put_aside()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., I) -> (..., O)."""
-        return self._kernel.linear(x, self.prepared or self._prepare(exact=True), self.bias)
+    def _is_aside(self, name: str) -> bool:
+        return name in self._aside and self._buffers[name] is self._aside[name]
+
+    def _recall(self) -> None:
+        """Read what was put aside into memory again."""
+        for name in self._aside:
+            if self._is_aside(name):
+                self._buffers[name] = self.places[name].read()
+        self._aside = {}
+
+    def _put_aside(self) -> None:
+        """Give up the memory of buffers that the prepared kernel does not need."""
+        if not getattr(self.prepared, "spare", False):
+            return
+        for name, place in self.places.items():
+            buffer = self._buffers[name]
+            if buffer is not None and buffer.device.type == "cpu" and buffer.dtype == dtypes.TORCH[place.entry.dtype]:
+                self._buffers[name] = self._aside[name] = place.view()
+
+    def passed_over(self) -> dict[str, str]:
+        """Path -> why it does not run, of every other path of the kind."""
+        mine, known = self.path, dict(getattr(self.prepared, "reasons", {}))
+        rest = [p for p in getattr(self._kernel, "PATHS", ()) if p != mine and p not in known]
+        return known | dict.fromkeys(rest, f"{mine} comes first")
+
+    def held(self) -> list[torch.Tensor]:
+        """The buffers that are in memory."""
+        return [b for name, b in self.named_buffers() if not self._is_aside(name)]
 
     def dense_weight(self) -> torch.Tensor:
         """The weight (O, I) in fp32."""
         form = registry.by_kind(self.kind)
-        return form.dequantize(Packed(self.kind, form.VERSION, self.params, dict(self.named_buffers()), self.shape))
+        tensors = {name: self.places[name].read() if self._is_aside(name) else b for name, b in self.named_buffers()}
+        return form.dequantize(Packed(self.kind, form.VERSION, self.params, tensors, self.shape))
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> CompressedLinear:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> CompressedWeight:
         """Move with `.to()`, `.cuda()`, …; then prepare again for the new device and dtype."""
         before = dict(self.named_buffers())
         super()._apply(fn, recurse)
         for name, old in before.items():
             if self._buffers[name].dtype != old.dtype:
-                self._buffers[name] = old.to(self._buffers[name].device)
+                device = self._buffers[name].device
+                self._buffers[name] = old if device == old.device else old.to(device)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         if self.prepared is not None:
             self.prepare()
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._recall()
+        self.places = {}  # the file's tensors are no longer this module's
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.prepared is not None:
+            self.prepare()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if any(t.is_inference() or t._version for t in self._aside.values()):  # somebody wrote to the pages
+            state["places"] = {}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.places = {name: place for name, place in self.places.items() if place.file is not None}
+        self._aside = {}
+        self._put_aside()
+
     def extra_repr(self) -> str:
         params = ", ".join(f"{key}={value}" for key, value in self.params.items())
-        return f"{self.in_features} -> {self.out_features}, {self.kind}({params}), {self.path}"
+        return f"{self.shape[1]} -> {self.shape[0]}, {self.kind}({params}), {self.path}"
+
+
+class CompressedLinear(CompressedWeight):
+    """y = x Wᵀ + bias for a stored weight (O, I)."""
+
+    def __init__(
+        self, kind: str, params: Mapping[str, Any], shape: tuple[int, int], *, stored: str, dtype: torch.dtype, bias: bool = False,
+        device: str | torch.device = "meta",
+    ) -> None:  # fmt: skip
+        """`dtype` is that of activations and bias; the rest as for `CompressedWeight`."""
+        super().__init__(kind, params, shape, stored=stored, dtype=dtype, device=device)
+        self.out_features, self.in_features = shape
+        self.bias = nn.Parameter(torch.empty(shape[0], dtype=dtype, device=device), False) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., I) -> (..., O)."""
+        return self._kernel.linear(x, self.prepared or self._prepare(exact=True), self.bias)
+
+
+class CompressedEmbedding(CompressedWeight):
+    """Rows of a stored weight (V, D) by token; whatever else the embedding does to them it still does.
+
+    `tied` prepares the weight for products too: a `TiedLinear` reads it as the model's head.
+    """
+
+    def __init__(self, embedding: nn.Embedding, kind: str, params: Mapping[str, Any], *, stored: str, dtype: torch.dtype) -> None:
+        shape = embedding.num_embeddings, embedding.embedding_dim
+        super().__init__(kind, params, shape, stored=stored, dtype=dtype)
+        self.num_embeddings, self.embedding_dim = shape
+        self.tied = False
+        embedding.padding_idx = None  # it is handed the rows of a text only; a forward pass does not use it
+        self._inner = None if type(embedding) is nn.Embedding else (embedding,)  # in a tuple: not a submodule
+
+    @property
+    def path(self) -> str:
+        """Name of the kernel path of its products; "rows" where it is only looked up."""
+        return super().path if self.tied else "rows"
+
+    def prepare(self, exact: bool | None = None) -> None:
+        """As `CompressedWeight`, where products are taken with the weight."""
+        if self.tied:
+            super().prepare(exact)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids (...) -> (..., D)."""
+        x = gather(self._buffers, self.params, self.shape, ids.reshape(-1)).to(self.dtype)
+        if self._inner is None:
+            return x.view(*ids.shape, self.embedding_dim)
+        inner = self._inner[0]
+        tensors = {"weight": x, **{name: b.to(x.device) for name, b in inner.named_buffers()}}
+        return torch.func.functional_call(inner, tensors, (torch.arange(len(x), device=x.device).view(ids.shape),))
+
+
+class TiedLinear(CompressedLinear):
+    """A head that reads its embedding's weight; it has no tensors but a bias."""
+
+    def __init__(self, source: CompressedEmbedding, bias: bool) -> None:
+        nn.Module.__init__(self)
+        source.tied = True
+        self._source = (source,)  # in a tuple: not a submodule
+        self.kind, self.params, self.dtype, self.shape = source.kind, source.params, source.dtype, source.shape
+        self.out_features, self.in_features = source.shape
+        self.bias = nn.Parameter(torch.empty(source.shape[0], dtype=source.dtype, device="meta"), False) if bias else None
+        self.places, self._aside = {}, {}
+
+    @property
+    def exact(self) -> bool:  # type: ignore[override]
+        return self._source[0].exact
+
+    @property
+    def prepared(self) -> Any:  # type: ignore[override]
+        return self._source[0].prepared
+
+    def prepare(self, exact: bool | None = None) -> None:
+        """The embedding prepares itself; it must be there."""
+        if any(b.is_meta for b in self._source[0].buffers()):
+            raise CompressError("the embedding is offloaded, and the head reads it", hint="keep it on a device in device_map")
+
+    def _prepare(self, exact: bool) -> Any:
+        return self._source[0]._prepare(exact)
+
+    def dense_weight(self) -> torch.Tensor:
+        """The weight (O, I) in fp32."""
+        return self._source[0].dense_weight()
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -111,11 +238,16 @@ def place(model: nn.Module, name: str, value: nn.Module | torch.Tensor) -> None:
 
 
 def prepare(model: nn.Module, exact: bool) -> None:
-    """Prepare every compressed linear of a model whose tensors are in place."""
+    """Prepare every compressed weight of a model whose tensors are in place."""
     for name, module in model.named_modules():
-        if isinstance(module, CompressedLinear):
-            try:
-                module.prepare(exact)
-            except ValueError as error:
-                hint = "use another value" if isinstance(error, BackendError) else "the artifact is damaged: copy it again"
-                raise CompressError(f"{name}: {error}", hint=hint) from error
+        if isinstance(module, CompressedWeight):
+            prepare_one(name, module, exact)
+
+
+def prepare_one(name: str, module: CompressedWeight, exact: bool) -> None:
+    """Prepare one compressed weight; what is wrong with its tensors is an error that names it."""
+    try:
+        module.prepare(exact)
+    except ValueError as error:
+        hint = "use another value" if isinstance(error, BackendError) else "the artifact is damaged: copy it again"
+        raise CompressError(f"{name}: {error}", hint=hint) from error

@@ -101,12 +101,13 @@ def _factors(O: int, I: int, g: torch.Generator, bits: int | None = None) -> Pac
     return form.pack_codes(pairs[0], pairs[1], columns, I, bits=bits, group=64, rank=rank)
 
 
-def _module(packed: Packed) -> CompressedLinear:
-    module = CompressedLinear(packed.kind, packed.params, packed.shape, stored="BF16", dtype=torch.bfloat16, device="cpu")
+def module(packed: Packed) -> CompressedLinear:
+    """A weight as the layer that runs it."""
+    layer = CompressedLinear(packed.kind, packed.params, packed.shape, stored="BF16", dtype=torch.bfloat16, device="cpu")
     for name, tensor in packed.tensors.items():
-        module._buffers[name] = tensor
-    module.prepare()
-    return module
+        layer._buffers[name] = tensor
+    layer.prepare()
+    return layer
 
 
 def _packed(make: Callable[[int, int, torch.Generator], Packed], backend: str | None = None) -> Make:
@@ -117,10 +118,10 @@ def _packed(make: Callable[[int, int, torch.Generator], Packed], backend: str | 
         before = {} if backend is None else {"COMPRESS_BACKEND": os.environ.get("COMPRESS_BACKEND", "")}
         os.environ.update({} if backend is None else {"COMPRESS_BACKEND": backend})
         try:
-            module = _module(packed)
+            layer = module(packed)
         finally:
             os.environ.update(before)
-        return Subject(module, _size(packed), module.path)
+        return Subject(layer, _size(packed), layer.path)
 
     return subject
 
@@ -168,18 +169,22 @@ def _deltas(count: int, loop: bool = False) -> Make:
     return subject
 
 
-KINDS: dict[str, Make] = {
-    "int4": _packed(lambda O, I, g: _integers(4, O, I, g)),
-    "int4 exact": _packed(lambda O, I, g: _integers(4, O, I, g), "cpu-exact"),
+KINDS: dict[str, Callable[[int, int, torch.Generator], Packed]] = {
+    "int4": lambda O, I, g: _integers(4, O, I, g),
+    "int3": lambda O, I, g: _integers(3, O, I, g),
+    "int2": lambda O, I, g: _integers(2, O, I, g),
+    "int8": lambda O, I, g: _integers(8, O, I, g),
+    "int4+1%": _outliers,
+    "bitmask": _bitmask,
+    "sparse24": _sparse24,
+    "sparse24_int4": _sparse24_int,
+    "armor": _armor,
+}
+SUBJECTS: dict[str, Make] = {
+    "int4": _packed(KINDS["int4"]),
+    "int4 exact": _packed(KINDS["int4"], "cpu-exact"),
     "int4pack": _int4pack,
-    "int4+1%": _packed(_outliers),
-    "int3": _packed(lambda O, I, g: _integers(3, O, I, g)),
-    "int2": _packed(lambda O, I, g: _integers(2, O, I, g)),
-    "int8": _packed(lambda O, I, g: _integers(8, O, I, g)),
-    "bitmask": _packed(_bitmask),
-    "sparse24": _packed(_sparse24),
-    "sparse24_int4": _packed(_sparse24_int),
-    "armor": _packed(_armor),
+    **{name: _packed(make) for name, make in KINDS.items() if name != "int4"},
     "lowrank_sparse": _packed(_factors),
     "lowrank_int4": _packed(lambda O, I, g: _factors(O, I, g, 4)),
     "delta": _deltas(1),

@@ -10,8 +10,10 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,7 +21,8 @@ from typing import Any
 import torch
 
 from compress.errors import CompressError, nearest
-from compress.subjects import KINDS, TOGETHER, Subject
+from compress.modules import CompressedLinear, CompressedWeight
+from compress.subjects import SUBJECTS, TOGETHER, Subject
 
 COLD = 192 << 20  # bytes that the copies of one weight take together
 SHAPES = {"4096x4096": (4096, 4096), "14336x4096": (14336, 4096), "4096x14336": (4096, 14336), "576x576": (576, 576)}
@@ -66,7 +69,7 @@ def kernels(
     kinds: Sequence[str] = (), shapes: Sequence[str] = (), rows: Sequence[int] = (1, 4, 16, 64, 256), seconds: float = _SECONDS
 ) -> Iterator[Row]:
     """Time every kind on every shape and number of rows; yields a row as soon as it is measured."""
-    for given, known, what in ((kinds, list(KINDS), "kind"), (shapes, list(SHAPES), "shape")):
+    for given, known, what in ((kinds, list(SUBJECTS), "kind"), (shapes, list(SHAPES), "shape")):
         for name in given:
             if name not in known and not (what == "shape" and _shape(name)):
                 hint = f"there are {', '.join(known)}; {nearest(name, known)}"
@@ -76,7 +79,7 @@ def kernels(
         O, I = SHAPES.get(label) or _shape(label) or (0, 0)
         if I % 64:
             raise CompressError(f"{label}: {I} inputs cannot be split into groups of 64", hint="use another shape", usage=True)
-        yield from _shape_rows(kinds or list(KINDS), O, I, rows, read, seconds)
+        yield from _shape_rows(kinds or list(SUBJECTS), O, I, rows, read, seconds)
 
 
 def _shape(text: str) -> tuple[int, int] | None:
@@ -91,8 +94,8 @@ def _shape_rows(kinds: Sequence[str], O: int, I: int, rows: Sequence[int], read:
     for family in _families(kinds):
         subjects = []
         for kind in family:
-            first = KINDS[kind](O, I, g)
-            subjects.append([first] + [KINDS[kind](O, I, g) for _ in range(_copies(first.size) - 1)])
+            first = SUBJECTS[kind](O, I, g)
+            subjects.append([first] + [SUBJECTS[kind](O, I, g) for _ in range(_copies(first.size) - 1)])
         for M in rows:
             x = torch.randn(M, I, generator=g).bfloat16()
             runs = [partial(_ours, copies, x) for copies in subjects] + [partial(_dense, dense, x)]
@@ -159,6 +162,7 @@ class Speed:
     decode: float  # tokens/s of all rows together, after the first
     weights: int  # bytes that its parameters and buffers take, prepared ones included
     peak: int  # bytes resident at most
+    path: str  # "native", or "transformers" and why
 
 
 def model(
@@ -176,14 +180,18 @@ def model(
     if min(prompt, tokens - 1, repeats, *batches) < 1:
         raise CompressError("--prompt, --repeats and batch sizes are at least 1, --tokens 2", hint="leave them out", usage=True)
     network = load(folder, dtype=dtype)
+    g = torch.Generator().manual_seed(0)
+    for batch in batches:
+        yield _speed(network, str(folder), _prompts(network, batch, prompt, tokens, g), tokens, repeats)
+
+
+def _prompts(network: Any, batch: int, prompt: int, tokens: int, g: torch.Generator) -> torch.Tensor:
+    """Random tokens (batch, prompt)."""
     room = getattr(network.config, "max_position_embeddings", None)
     if room is not None and prompt + tokens > room:
         hint = f"--prompt {max(1, room - tokens)}"
         raise CompressError(f"{prompt} + {tokens} tokens exceed the model's context of {room}", hint=hint, usage=True)
-    g = torch.Generator().manual_seed(0)
-    for batch in batches:
-        ids = torch.randint(0, network.config.vocab_size, (batch, prompt), generator=g).to(network.device)
-        yield _speed(network, str(folder), ids, tokens, repeats)
+    return torch.randint(0, network.config.vocab_size, (batch, prompt), generator=g).to(network.device)
 
 
 @torch.inference_mode()
@@ -198,9 +206,90 @@ def _speed(network: Any, label: str, ids: torch.Tensor, tokens: int, repeats: in
             seen.append(time.perf_counter() - start)
     first, whole = median(times[1]), median(times[tokens])
     batch, prompt = ids.shape
-    return Speed(
-        label, batch, batch * prompt / first, first, batch * (tokens - 1) / max(whole - first, 1e-9), _held(network), _peak()
-    )
+    decode = batch * (tokens - 1) / max(whole - first, 1e-9)
+    return Speed(label, batch, batch * prompt / first, first, decode, _held(network), _peak(), _path(network))
+
+
+def _path(network: Any) -> str:
+    decoding = getattr(network, "decoding", None)
+    return "transformers" if decoding is None else str(decoding.path)
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Where the time of one token goes, after the prompt, one row."""
+
+    model: str
+    path: str  # "native" or "transformers", by `generate`; or "native, own loop", which is `compress generate`'s
+    token: float  # ms, median
+    kernels: float  # ms of it in the native call, or in the linears
+
+
+def profile(folder: str | Path, *, prompt: int = 128, tokens: int = 32, dtype: str = "bfloat16") -> Iterator[Profile]:
+    """One row per path that the model can decode by: how much of a token's time is in kernels. What is left is Python, small
+    operators (norms, rotation, attention: in the native path they belong to the kernel) and transformers' loop.
+    """
+    from compress.decoding import loop
+    from compress.loading import load
+
+    network: Any = load(folder, dtype=dtype)
+    ids = _prompts(network, 1, prompt, tokens, torch.Generator().manual_seed(0))
+    decoding = getattr(network, "decoding", None)
+    plan = "" if decoding is None else decoding.plan()
+    if decoding is not None and not isinstance(plan, str):
+        seen: list[float] = []
+        with _timed(plan.decoder, "step", seen):
+            ms = _per_token(network, ids, tokens)
+        yield Profile(str(folder), "native", ms, median(seen) * 1e3)
+        if loop.usable(network) is None:
+            seen = []
+            with _timed(plan.decoder, "step", seen):
+                times = [time.perf_counter() for _ in loop.tokens(network, ids, tokens, ends=False)]
+            yield Profile(str(folder), "native, own loop", median(b - a for a, b in pairwise(times)) * 1e3, median(seen) * 1e3)
+        decoding.enabled = False
+    inside: list[float] = []
+    linears = [m for m in network.modules() if isinstance(m, CompressedLinear | torch.nn.Linear)]
+    with ExitStack() as stack:
+        for module in linears:
+            stack.enter_context(_timed(module, "forward", inside))
+        ms = _per_token(network, ids, tokens)
+    passes = [sum(inside[i : i + len(linears)]) for i in range(0, len(inside), len(linears))]
+    yield Profile(str(folder), "transformers", ms, median(passes) * 1e3)
+
+
+@contextmanager
+def _timed(owner: Any, name: str, seen: list[float]) -> Iterator[None]:
+    """Note the seconds of every call of a method."""
+    method = getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = method(*args, **kwargs)
+        seen.append(time.perf_counter() - start)
+        return result
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+
+
+@torch.inference_mode()
+def _per_token(network: Any, ids: torch.Tensor, tokens: int) -> float:
+    """Median ms between the tokens that `generate` hands out, the first after the prompt left out."""
+    times: list[float] = []
+
+    class Clock:
+        def put(self, value: object) -> None:
+            times.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    options = {"do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0, "streamer": Clock()}
+    network.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, **options)
+    return median(b - a for a, b in pairwise(times[2:])) * 1e3
 
 
 def _held(network: torch.nn.Module) -> int:
@@ -218,9 +307,10 @@ def _held(network: torch.nn.Module) -> int:
             for name in value.__dataclass_fields__:
                 note(getattr(value, name))
 
-    for tensor in [*network.parameters(), *network.buffers()]:
-        note(tensor)
     for module in network.modules():
+        buffers = module.held() if isinstance(module, CompressedWeight) else module.buffers(recurse=False)
+        for tensor in (*module.parameters(recurse=False), *buffers):
+            note(tensor)
         note(getattr(module, "prepared", None))
     return sum(seen.values())
 

@@ -27,7 +27,7 @@ class Scaling:
     heads: tuple[int, int, int] | None = None  # (n_kv, n_rep, head_dim): tie the scale over the repeats (GQA)
 
 
-Wrappers = tuple["torch.Tensor", "torch.Tensor"]  # ARMOR's pre (I/b, b, b) and post (O/b, b, b)
+Wrappers = tuple["torch.Tensor", "torch.Tensor"]  # ARMOR's pre (ceil(I/b), b, b) and post (ceil(O/b), b, b)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +105,7 @@ class Trainable:
     parts: Mapping[str, torch.Tensor]  # fp32
     weight: Callable[[Mapping[str, torch.Tensor]], torch.Tensor]  # differentiable
     rebuild: Callable[[Mapping[str, torch.Tensor]], Packed]
+    steps: Mapping[str, float] = field(default_factory=dict)  # of parts, relative to the usual step; 0: stays as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,38 @@ class Reducer(Protocol):
 
     def result(self) -> dict[str, torch.Tensor]:
         """Asked once, after the last sample; the keys are the method's own."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How a method trains the model while it looks: `epochs` over the windows, `batch` of them to a step."""
+
+    epochs: int
+    batch: int
+    lr: float  # the highest rate
+    warmup: float  # share of the steps in which the rate rises; then it falls to 0
+    clip: float  # longest gradient of the whole model; 0: any length
+
+    def rate(self, step: int, steps: int) -> float:
+        """The rate of step 1..steps (LOMO's linear schedule)."""
+        progress = step / max(2, steps)
+        return self.lr * (progress / self.warmup if progress < self.warmup else max(0.0, (1 - progress) / (1 - self.warmup)))
+
+
+class Learner(Protocol):
+    """What a method makes of a block's gradients while it trains: one object per block and step, its sums on disk between them."""
+
+    def learn(self, name: str, g: torch.Tensor, lr: float) -> torch.Tensor:
+        """A linear's gradient g (O, I) in one step at rate `lr`; returns the gradient to descend along (may be g, changed)."""
+        ...
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What the next step's object starts from."""
+        ...
+
+    def result(self) -> dict[str, torch.Tensor]:
+        """As `Reducer.result`, after the last step."""
         ...
 
 

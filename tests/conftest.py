@@ -6,7 +6,7 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: a second thread only waits
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported: no GPU here (tests/test_triton.py)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
@@ -97,6 +98,16 @@ def _save_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
     ).save_pretrained(folder)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def untuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No table of kernel paths that this machine's user may have measured."""
+    from compress_kernels import dispatch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "folder", lambda: tmp_path_factory.getbasetemp() / "no tables")
+        yield
 
 
 @dataclass

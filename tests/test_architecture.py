@@ -16,13 +16,15 @@ LEVELS = [
     {"registry", "formats", "checkpoint", "stats", "devices", "products"},
     {"models", "calibration"},
     {"modules", "methods"},
-    {"pipeline", "loading", "switching", "tasklayers", "subjects"},
-    {"audit", "generation", "fit", "job", "evaluation", "training", "timing", "bundling", "extracting", "merging", "bundle_audit"},
+    {"pipeline", "loading", "switching", "tasklayers", "decoding", "subjects"},
+    {"audit", "generation", "fit", "job", "running", "evaluation", "training", "timing", "tuning", "bundling"}
+    | {"extracting", "merging"}
+    | {"bundle_audit"},
     {"cli"},
 ]
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
 FOREIGN = {
-    "transformers": {"models", "loading", "switching", "evaluation", "calibration", "generation"},
+    "transformers": {"models", "loading", "decoding", "switching", "evaluation", "calibration", "generation"},
     "lm_eval": {"evaluation"},
     "datasets": {"calibration"},
     "accelerate": {"models", "loading"},

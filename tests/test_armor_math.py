@@ -82,6 +82,44 @@ def test_block_sizes_are_divisors() -> None:
     assert _armor.block_size(96, 128, 32) == 96
 
 
+def test_a_size_that_divides_badly_gives_way_to_one_that_does_not_divide() -> None:
+    assert [_armor.any_size(d) for d in (576, 4096, 300, 131, 2 * 67)] == [96, 128, 100, 128, 128]
+    assert [_armor.any_size(d, 64, 1) for d in (131, 67, 40)] == [64, 64, 40]
+    assert _armor.any_size(576, 128, 4, ragged=True) == 128
+    assert _armor.any_size(30, 22, 4, ragged=True) == 20
+
+
+@pytest.mark.parametrize("mode", ["fast", "paper", "quality"])
+def test_padding_stays_empty_and_apart(problem: Problem, mode: str) -> None:
+    """Blocks that reach beyond O and I: what lies there is exactly the identity's and zeros, whatever the optimiser does."""
+    from compress.methods import _armor_quality
+
+    W, h, C = problem
+    W, h, C = W[: O - 3].float(), h.float(), C.float()
+    W, h, C = W[:, : I - 4].contiguous(), h[: I - 4], C[: I - 4, : I - 4]
+    bar = normalise(W).W
+    target = _armor.padded(bar, BO, BI)
+    assert target.shape == (O, I)
+    energy = torch.nn.functional.pad(h, (0, 4), value=float(h.mean()))
+    if mode == "quality":
+        wide = _armor_quality.padded(_armor_quality.damped(C, 0.01), BI)
+        small = _armor_fast.Plan(rounds=1, restarts=2, steps=4, last=8)
+        f, _ = _armor_quality.quality(target, wide, BO, BI, damp=0.0, begin=small, plan=small)
+    elif mode == "paper":
+        f, _ = _armor.paper(target, energy, BO, BI, iters=40, lr=1e-2)
+    else:
+        f, _ = _armor_fast.fast(target, energy, BO, BI, 2, 4, _armor_fast.Plan(restarts=3, last=20))
+    assert not f.S[O - 3 :].any()
+    assert not f.S[:, I - 4 :].any()
+    for last, more in ((f.A[-1], 3), (f.B[-1], 4)):
+        b = len(last)
+        assert not last[: b - more, b - more :].any()
+        assert not last[b - more :, : b - more].any()
+    whole = _armor.reconstruct(f)
+    assert not whole[O - 3 :].any()
+    assert _armor.relative_loss(f, target, energy) < 0.9 * _armor.relative_loss(start(target, energy, BO, BI, 2, 4), target, energy)
+
+
 def test_the_start_is_nowag_p(problem: Problem) -> None:
     W, h, _ = problem
     f = start(W, h, BO, BI, 2, 4)

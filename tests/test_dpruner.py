@@ -24,6 +24,7 @@ from compress.models.skeleton import Skeleton, load_config
 from compress.models.view import CheckpointView
 from compress.pipeline import layout
 from compress.pipeline.blocks import Blocks
+from compress.pipeline.descent import Descent
 from compress.pipeline.reverse import Reverse
 from compress.stats import InputStats
 from compress.types import Block, Progress, Stat
@@ -200,6 +201,123 @@ def test_streamed_scores_equal_those_of_the_whole_model(batch: int, pico: Callab
             if key.startswith("score:"):
                 reference = want[skeleton.prefix(index) + key.removeprefix("score:")]
                 assert float((value - reference).norm() / reference.norm()) < 1e-5  # norms and sums keep fp32's digits
+
+
+# -- training mode ---------------------------------------------------------------------------------------------------------
+
+
+def trained_whole(
+    folder: Path, tokens: torch.Tensor, G: dict[str, torch.Tensor], config: dpruner.Config, blocks: str, turned: bool
+) -> dict[str, torch.Tensor]:
+    """I (O, I) of every linear that G names: LOMO on all `blocks` in double precision; `turned` weights are (I, O)."""
+    from transformers import AutoModelForCausalLM
+
+    schedule = dpruner.training(config)
+    assert schedule is not None
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    each = -(-len(tokens) // schedule.batch)
+    I = {n: torch.zeros_like(g, dtype=torch.float64) for n, g in G.items()}
+    params = {n: p for n, p in model.named_parameters() if n.startswith(blocks)}
+    for step in range(schedule.epochs * each):
+        epoch, number = divmod(step, each)
+        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(epoch))
+        rows = tokens[order[number * schedule.batch : (number + 1) * schedule.batch]]
+        lr = schedule.rate(step + 1, schedule.epochs * each)
+        model.zero_grad()
+        logits = model(rows, use_cache=False).logits[:, :-1]
+        torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), rows[:, 1:].reshape(-1)).backward()
+        with torch.no_grad():
+            grads = {n: p.grad for n, p in params.items() if p.grad is not None}
+            for name, g in G.items():
+                W, dW = (t[f"{name}.weight"].T if turned else t[f"{name}.weight"] for t in (params, grads))
+                dW += config.penalty_at(lr) * g * dW.square()
+                I[name] += (config.c1 * dW * W + config.c2 * (dW * W).square() + config.c3 * W**3).abs()
+            norm = sum(float(g.square().sum()) for g in grads.values()) ** 0.5
+            for name, p in params.items():
+                p -= lr * min(1.0, schedule.clip / (norm + 1e-6)) * grads[name]
+    return I
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_streamed_training_is_that_of_the_whole_model(family: str, pico: Callable[..., Path], tmp_path: Path) -> None:
+    folder = pico(family)
+    config = dpruner.Config(
+        mode="train", lr=0.5, clip=0.7, epochs=2, batch=2, warmup=0.3, lam=50.0, reg_scale=1.0, c1=1.0, c2=0.3, c3=1e-3,
+        general_weight=0.0,
+    )  # fmt: skip
+    tokens = torch.randint(3, 120, (3, 24), generator=torch.Generator().manual_seed(1))
+    skeleton = Skeleton(load_config(folder))
+    view = CheckpointView(CheckpointReader(folder), skeleton)
+    plan = layout.make(skeleton, view, config, layout.pick("prune", None), ())
+    G = {n: randn(*t.shape, seed=i).square() for i, (n, t) in enumerate(plan.targets.items())}
+
+    def general(index: int) -> dict[str, torch.Tensor]:
+        prefix = skeleton.prefix(index)
+        return {f"general:{n.removeprefix(prefix)}": g for n, g in G.items() if n.startswith(prefix)}
+
+    schedule = dpruner.training(config)
+    assert schedule is not None
+    walk = Descent(
+        Blocks(skeleton, view, "cpu", torch.float64), plan, tokens, schedule,
+        lambda block, state: dpruner.learner(block, config, state), tmp_path / "reverse", None, surveyed=general,
+    )  # fmt: skip
+    walk.run()
+    assert not (tmp_path / "reverse" / "steps").exists()
+    want = trained_whole(folder, tokens, G, config, skeleton.path, family == "gpt2")
+    for index in range(2):
+        for key, value in walk.result(index).items():
+            if key.startswith("score:"):
+                full = f"{skeleton.prefix(index)}{key.removeprefix('score:')}"
+                assert float((value - want[full]).norm() / want[full].norm()) < 1e-4, key  # norms and sums are fp32
+
+
+def test_at_a_rate_of_zero_training_stands_still(pico: Callable[..., Path], tmp_path: Path) -> None:
+    model, data = pico("llama", torch.bfloat16), texts(tmp_path)
+    compress.prune(model, "dpruner", tmp_path / "still", c1=1.0, lr=0.0, **data)
+    compress.prune(model, "dpruner", tmp_path / "train", c1=1.0, lr=0.0, mode="train", epochs=1, **data)
+    compress.prune(model, "dpruner", tmp_path / "moved", c1=1.0, lr=3.0, mode="train", epochs=3, clip=0.0, **data)
+    still, train, moved = (weight(tmp_path / name) for name in ("still", "train", "moved"))
+    assert float((still == train).float().mean()) > 0.999  # sums in another order
+    assert float((still == moved).float().mean()) < 0.99
+    kept = moved != 0
+    assert torch.equal(moved[kept], CheckpointReader(model).read(f"{NAME}.weight")[kept].float())  # of the original weights
+
+
+@pytest.mark.parametrize("stop", [("training", 2), ("write", 3), ("write", 4)])
+def test_a_killed_training_goes_on_to_the_same_bytes(
+    stop: tuple[str, int], pico: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compress.pipeline.resume import Kept
+
+    model, data = pico("llama"), texts(tmp_path)
+    options: dict[str, Any] = {"mode": "train", "lr": 0.5, "epochs": 2, "batch": 3, "c1": 1.0}
+    compress.prune(model, "dpruner", tmp_path / "whole", **data, **options)
+    written, write = [], Kept.write
+
+    def watched(kept: Kept, index: int, tensors: dict[str, torch.Tensor]) -> None:
+        write(kept, index, tensors)
+        if kept.folder.name == "steps":
+            written.append(index)
+            if stop == ("write", len(written)):
+                raise KeyboardInterrupt
+
+    def watch(p: Progress) -> None:
+        if stop == ("blocks" if p.error is not None else p.what, p.block):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Kept, "write", watched)
+        with pytest.raises(KeyboardInterrupt):
+            compress.prune(model, "dpruner", tmp_path / "out", **data, **options, progress=watch)
+    assert compress.prune(model, "dpruner", tmp_path / "out", **data, **options).resumed
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_training_that_diverges_is_said(pico: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(CompressError, match="NaN or Inf") as error:
+        compress.prune(pico("llama"), "dpruner", tmp_path / "out", mode="train", lr=1e12, lam=4e-10, clip=0.0, **texts(tmp_path))
+    assert "smaller --lr" in str(error.value.hint)
 
 
 # -- masks (T23, T24) ------------------------------------------------------------------------------------------------------
@@ -414,6 +532,7 @@ def test_other_methods_have_no_domain(pico: Callable[..., Path], tmp_path: Path)
         (["--scope", "global"], "--scope"), (["--blocking", "rows"], "--blocking"), (["--block-columns", "16"], "--blocking col"),
         (["--blocking", "columns", "--scope", "row"], "per matrix"), (["--blocking", "columns", "--pattern", "2:4"], "per matrix"),
         (["--lam", "-1"], "--lam"), (["--c1", "nan"], "--c1"), (["--samples", "0"], "--samples"), (["--batch", "0"], "--batch"),
+        (["--mode", "still-standing"], "--mode"), (["--epochs", "0"], "--epochs"), (["--warmup", "1"], "--warmup"),
         (["--c1", "0", "--c2", "0", "--c3", "0", "--general-weight", "0"], "switched off"), (["--sparsity", "1.5"], "0..1"),
         (["--scope", "model", "--pattern", "2:4"], "pattern"), (["--pattern", "5:4"], "N:M"), (["--damp", "11"], "--damp"),
     ],

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 from compress_kernels import native
+from compress_kernels.native import decoder
 from conftest import ROOT
 
 SANITIZED = """
 import ctypes, random, sys
 sys.path.insert(0, sys.argv[2])
-from structures import Armor, Call, Factors, IntGrouped, Masked, MaskedDelta, Shared
+from structures import Armor, Block, Call, Decoder, Factors, IntGrouped, Linear, Masked, MaskedDelta, Shared, Step
 library = ctypes.CDLL(sys.argv[1])
 draw = random.Random(0)
 
@@ -129,6 +130,48 @@ for step in range(120):
     space = 8 * M + 4 * (M + 4) * (-(-K // 32) * 32 + 32)
     work = buffer(space)
     assert library.cc_masked_delta(isa, ctypes.byref(d), ctypes.byref(Call(M, K, x_type, 2, at(x), at(y), at(work), space))) == 0
+
+library.cc_decode_bytes.restype = ctypes.c_int64
+for step in range(40):
+    isa, B, head, kv, d, D = draw.randrange(library.cc_isa() + 1), draw.randrange(1, 4), 4, draw.choice([1, 2, 4]), 16, 32
+    capacity, cache_type, inner, outputs = draw.randrange(1, 30), draw.randrange(3), 48, 33
+    kept = []
+
+    def held(size):
+        kept.append(buffer(size))
+        return at(kept[-1])
+
+    def dense(N, K):
+        kind = draw.randrange(3)
+        return Linear(K, N, 3, kind, 1, 0, held(N * K * size[kind]), held(2 * N) if draw.randrange(2) else None)
+
+    def coded(N, K):
+        tiles = -(-N // 16)
+        steps = (ctypes.c_int64 * (tiles + 1))(*range(tiles + 1)) if draw.randrange(2) else None
+        columns = (ctypes.c_uint16 * (16 * tiles))(*(draw.randrange(K) for _ in range(16 * tiles)))
+        kept.extend([steps, columns])
+        parts = held(tiles * 8 * K), held(tiles * K // 16 * 32), None, None, None, None, at(steps), at(columns), held(32 * tiles), 1
+        w = IntGrouped(K, N, 16, 16, 4, 1, draw.randrange(2), 1, *parts)
+        kept.append(w)
+        return Linear(K, N, 1, 0, 0, 0, ctypes.cast(ctypes.pointer(w), ctypes.c_void_p), None)
+
+    def some(N, K):
+        return draw.choice([dense, coded])(N, K)
+
+    shapes = (head * d, D), (kv * d, D), (kv * d, D), (D, head * d), (inner, D), (inner, D), (D, inner)
+    norms = 2 * D, 2 * D, 2 * d, 2 * d
+    blocks = (Block * 2)(*(Block(*map(held, norms), *(some(*shape) for shape in shapes)) for _ in range(2)))
+    table = ctypes.cast(blocks, ctypes.c_void_p)
+    whole = Decoder(2, D, inner, head, kv, d, 1e-5, 0.25, 1, cache_type, table, held(2 * D), some(outputs, D))
+    assert library.cc_decode(isa, ctypes.byref(whole), ctypes.byref(Step())) == 0
+    cache = (ctypes.c_void_p * 2)(*(held(2 * B * kv * capacity * d * size[cache_type]).value for _ in range(2)))
+    slot = draw.randrange(capacity)
+    first = (ctypes.c_int64 * B)(*(draw.randrange(slot + 1) for _ in range(B)))
+    one = Step(B, slot, capacity, 1, draw.randrange(1, 4), held(2 * B * D), ctypes.cast(cache, ctypes.c_void_p),
+               ctypes.cast(first, ctypes.c_void_p), held(2 * B * d), held(2 * B * d), held(4 * B * outputs))
+    one.workspace_bytes = library.cc_decode_bytes(isa, ctypes.byref(whole), ctypes.byref(one))
+    one.workspace = held(one.workspace_bytes)
+    assert library.cc_decode(isa, ctypes.byref(whole), ctypes.byref(one)) == 0
 print("whole")
 """
 
@@ -145,6 +188,8 @@ def test_no_byte_outside_is_touched_under_the_sanitizers(tmp_path: Path, monkeyp
     build.compile_library(tmp_path / "_cpu.so", tmp_path / "objects")
     source = Path(native.__file__).read_text()
     structures = source[source.index("_i32, _i64") : source.index("@functools")]
+    source = Path(decoder.__file__).read_text()
+    structures += source[source.index("_f32, _i32") : source.index("@functools")]
     (tmp_path / "structures.py").write_text(f"import ctypes\n{structures}")
     preload = [
         subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()

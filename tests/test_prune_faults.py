@@ -17,7 +17,7 @@ import compress
 from compress.checkpoint import manifest
 from compress.errors import CompressError
 from compress.methods import dpruner
-from compress.types import Block
+from compress.types import Block, Progress
 
 SMALL: dict[str, Any] = {"nsamples": 4, "seqlen": 16}
 BOTH: dict[str, Any] = {"pattern": "2:4", "then_bits": 4, "then_group_size": 32}
@@ -235,3 +235,140 @@ def test_a_folder_of_a_stranger_is_never_taken_for_what_a_kill_left(
     with pytest.raises(CompressError, match="not an artifact of compress"):
         compress.prune(source, "magnitude", out, dataset=text, **SMALL, **BOTH)
     assert (between / "mine.txt").read_text() == "keep"
+
+
+# -- one lock, fp32, the disk, the range of fp16 ---------------------------------------------------------------------------
+
+
+def test_one_lock_covers_both_steps(
+    pico: Callable[..., Path], text: Path, tmp_path: Path, cli: Callable[..., Outcome]
+) -> None:
+    """While the first step runs, and between the steps, no other run may begin at this OUT, with or without --then-bits."""
+    source, out = pico("llama", torch.bfloat16), tmp_path / "out"
+    tried: dict[str, list[tuple[int, bool]]] = {"prune": [], "quantize": []}
+    then = ["--then-bits", 4, "--then-group-size", 32, "--pattern", "2:4"]
+
+    def watch(p: Progress) -> None:
+        step = "quantize" if (tmp_path / "out.pruned.partial" / manifest.FILE).is_file() else "prune"
+        if p.block == 0:
+            for args in (["prune", source, "-m", "magnitude", *then], ["quantize", source, "-m", "rtn", "--group-size", 32]):
+                done = cli(*args, "--dataset", text, "--nsamples", 4, "--seqlen", 16, "-o", out)
+                tried[step].append((done.code, "another run is working here" in done.err))
+
+    compress.prune(source, "magnitude", out, dataset=text, progress=watch, **SMALL, **BOTH)
+    assert tried == {"prune": [(1, True)] * 2, "quantize": [(1, True)] * 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert compress.prune(source, "magnitude", out, dataset=text, **SMALL, **BOTH).resumed
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_first_step_that_fails_leaves_the_second_s_folder_free(pico: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    source, out = pico("llama", torch.bfloat16), tmp_path / "out"
+
+    def stop(p: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress.prune(source, "magnitude", out, dataset=text, progress=stop, **SMALL, **BOTH)
+    assert not (tmp_path / "out.partial").exists()
+    compress.quantize(source, "rtn", out, group_size=32)
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from compress.pipeline import resume
+
+    real, left = resume.fcntl.flock, [1]
+
+    def removed(fd: int, how: int) -> None:
+        real(fd, how)
+        if left:
+            left.pop()
+            (tmp_path / "w" / "lock").unlink()
+
+    monkeypatch.setattr(resume.fcntl, "flock", removed)
+    with resume.Lock(tmp_path / "w"), pytest.raises(CompressError, match="another run"):
+        resume.Lock(tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("magnitude", {}), ("magnitude", {"pattern": "2:4"}), ("armor", {"mode": "paper", "iters": 5, "block": 16}),
+     ("sparsegpt", {"recover": 1})],
+)  # fmt: skip
+def test_an_fp32_checkpoint_s_dense_export_keeps_fp32_values(
+    method: str, options: dict[str, Any], pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    """What the sparse kinds round to fp16 (their layout) a dense export does not; the masks are the same."""
+    common = {"dataset": text, **SMALL, **options}
+    compress.prune(pico("llama"), method, tmp_path / "dense", format="dense", **common)
+    found = load_file(tmp_path / "dense" / "model.safetensors")
+    names = [f"{n}.weight" for n in manifest.read(tmp_path / "dense")["linears"]]
+    assert all(found[n].dtype == torch.float32 and not torch.equal(found[n], found[n].half().float()) for n in names)
+    if method == "magnitude":
+        before = load_file(pico("llama") / "model.safetensors")
+        assert all(torch.equal(found[n], before[n] * (found[n] != 0)) for n in names)
+        compress.prune(pico("llama"), method, tmp_path / "sparse", **common)
+        masks = [{n: e["mask_sha256"] for n, e in manifest.read(tmp_path / f)["linears"].items()} for f in ("dense", "sparse")]
+        assert masks[0] == masks[1]
+
+
+def test_a_resumed_dense_export_of_fp32_has_the_same_bytes(pico: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"dataset": text, "format": "dense", "recover": 1, **SMALL}
+    compress.prune(pico("llama"), "sparsegpt", tmp_path / "whole", **options)
+
+    def stop(p: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress.prune(pico("llama"), "sparsegpt", tmp_path / "out", progress=stop, **options)
+    assert compress.prune(pico("llama"), "sparsegpt", tmp_path / "out", **options).resumed
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("mode", ["still", "train"])
+def test_a_disk_too_small_for_what_the_walks_keep_is_noticed_before_the_work(
+    mode: str, pico: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """74k weights of the linears: the artifact takes 0.2 MB, G, scores and, in training, weights and gradients the rest."""
+    source = pico("llama", torch.bfloat16)
+    data: dict[str, Any] = {"dataset": text, "domain_dataset": text, "mode": mode, "epochs": 1, **SMALL}
+    report = compress.prune(source, "dpruner", tmp_path / "one", **data)
+    weights = sum(e["shape"][0] * e["shape"][1] for e in manifest.read(tmp_path / "one")["linears"].values())
+    spooled = weights * (10 if mode == "still" else 22)
+    for free, fits in ((report.bytes + spooled + 2000, True), (report.bytes + spooled - 2000, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(free, 0, free))  # type: ignore[attr-defined]
+        if fits:
+            compress.prune(source, "dpruner", tmp_path / "two", **data)
+        else:
+            with pytest.raises(CompressError, match="of it only for the time of the run"):
+                compress.prune(source, "dpruner", tmp_path / "three", **data)
+    assert not (tmp_path / "three").exists()
+
+
+def test_a_core_beyond_fp16_s_range_moves_into_the_wrappers_exactly() -> None:
+    from compress.formats import armor as form
+    from compress.methods import _armor, armor
+
+    g = torch.Generator().manual_seed(0)
+    mask = torch.tensor([True, True, False, False]).repeat(8, 4)
+    S = torch.randn(8, 16, generator=g) * mask * 1e6
+    A, B = (torch.linalg.qr(torch.randn(n, b, b, generator=g))[0] for n, b in ((2, 4), (2, 8)))
+    packed = armor._pack(_armor.Factors(A, B, S, mask), torch.ones(16), torch.ones(8), 2, 4, torch.float16, "fc")
+    assert form.problems(packed) == []
+    W, want = form.dequantize(packed), _armor.reconstruct(_armor.Factors(A, B, S, mask))
+    assert float((W - want).norm() / want.norm()) < 2e-3  # three factors in fp16
+    with pytest.raises(CompressError, match=r"does not fit into torch\.float16"):
+        armor._pack(_armor.Factors(A, B, S * 1e30, mask), torch.ones(16), torch.ones(8), 2, 4, torch.float16, "fc")
+
+
+def test_fp32_values_beyond_fp16_are_an_error_that_says_what_to_do(pico: Callable[..., Path], tmp_path: Path) -> None:
+    model = Path(shutil.copytree(pico("llama"), tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 70_000.0
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CompressError, match=r"up_proj: a weight does not fit into torch\.float16") as error:
+        compress.prune(model, "magnitude", tmp_path / "out")
+    assert "bfloat16" in str(error.value.hint)
+    compress.prune(model, "magnitude", tmp_path / "dense", format="dense")
+    assert float(load_file(tmp_path / "dense" / "model.safetensors")["model.layers.1.mlp.up_proj.weight"][0, 0]) == 70_000.0

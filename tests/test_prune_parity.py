@@ -190,3 +190,48 @@ def test_domain_importance_is_that_of_the_official_code(
     if "mask" in want:  # on one machine all nine masks were equal to the last bit
         rows, step = golden_mask(want, list(W.shape))
         assert float((mask[::step] == rows).float().mean()) >= 0.999
+
+
+def test_training_goes_the_way_of_the_official_code(tmp_path: Path, tokens: torch.Tensor) -> None:
+    """LOMO's own function on the whole model, four steps, against the streamed training; G stands in as 1e9 W²."""
+    from compress.checkpoint.reader import CheckpointReader
+    from compress.models.skeleton import Skeleton, load_config
+    from compress.models.view import CheckpointView
+    from compress.pipeline import layout
+    from compress.pipeline.blocks import Blocks
+    from compress.pipeline.descent import Descent
+
+    want = DPRUNER["training"]
+    config = dpruner.Config(
+        mode="train", lr=want["lr"], epochs=want["epochs"], batch=want["batch"], c1=1.0, c2=DPRUNER["c2"], c3=DPRUNER["c3"],
+        general_weight=0.0,
+    )  # fmt: skip
+    schedule = dpruner.training(config)
+    assert schedule is not None
+    skeleton = Skeleton(load_config(EXAMPLE))
+    view = CheckpointView(CheckpointReader(EXAMPLE), skeleton)
+    plan = layout.make(skeleton, view, config, layout.pick("prune", None), ())
+
+    def general(index: int) -> dict[str, torch.Tensor]:
+        prefix = skeleton.prefix(index)
+        names = [n for n in plan.targets if n.startswith(prefix)]
+        return {f"general:{n.removeprefix(prefix)}": 1e9 * view.read(f"{n}.weight").float().square() for n in names}
+
+    factors = []
+
+    class Watched(Descent):
+        def _step(self, step: int, head: Any) -> None:
+            super()._step(step, head)
+            factors.append(self._known()[1])
+
+    walk = Watched(
+        Blocks(skeleton, view, "cpu", torch.float32), plan, tokens[: want["windows"]], schedule,
+        lambda block, state: dpruner.learner(block, config, state), tmp_path, None, surveyed=general,
+    )  # fmt: skip
+    walk.run()
+    assert factors == pytest.approx([r * c for r, c in zip(want["rates"], want["clips"], strict=True)], rel=1e-4)
+    for name, layer in want["layers"].items():
+        index = int(name.split(".")[2])
+        I = walk.result(index)[f"score:{name.removeprefix(skeleton.prefix(index))}"]
+        assert float(torch.linalg.vector_norm(I)) == pytest.approx(layer["norm"], rel=1e-3)
+        assert entries(I, DPRUNER["layers"][name]) == pytest.approx(layer["entries"], rel=1e-2)

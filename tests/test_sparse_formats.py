@@ -64,7 +64,7 @@ def random_armor(O: int, I: int, b_in: int, b_out: int, core: Packed | None = No
     """Blocks near the identity around a core, by default 2:4."""
     core = core or random_sparse24(O, I, E=E)
     pre, post = (
-        (torch.eye(b) + 0.3 * torch.randn(size // b, b, b, generator=generator(b)) / b**0.5).to(E)
+        (torch.eye(b) + 0.3 * torch.randn(-(-size // b), b, b, generator=generator(b)) / b**0.5).to(E)
         for size, b in ((I, b_in), (O, b_out))
     )
     return armor.pack(core, pre, post)
@@ -159,6 +159,25 @@ def test_armor_unpacks_to_its_core_and_blocks_and_multiplies_the_three(quantized
     torch.testing.assert_close(armor.dequantize(packed).double(), A @ S @ B, rtol=1e-5, atol=1e-6)  # fp32 sums of 15 terms
 
 
+@pytest.mark.parametrize(("O", "I", "b_in", "b_out"), [(30, 48, 20, 13), (7, 44, 44, 4), (30, 48, 32, 15), (5, 12, 8, 5)])
+def test_blocks_of_armor_need_not_divide_and_no_padding_is_stored(O: int, I: int, b_in: int, b_out: int) -> None:
+    packed = random_armor(O, I, b_in, b_out)
+    held_to_spec(packed, "F16")
+    sizes = [sum(packed.tensors[n].numel() for n in packed.tensors if n.startswith(name)) for name in ("pre", "post")]
+    assert sizes == [size // b * b * b + (size % b) ** 2 for size, b in ((I, b_in), (O, b_out))]
+    core, pre, post = armor.unpack(packed)
+    assert same(armor.pack(core, pre, post), packed)
+    A, B = (
+        torch.block_diag(*packed.tensors[name].double(), *([packed.tensors[rest].double()] if rest in packed.tensors else []))
+        for name, rest in (("post", "post_rest"), ("pre", "pre_rest"))
+    )
+    S = sparse24.dequantize(core).double()
+    torch.testing.assert_close(armor.dequantize(packed).double(), A @ S @ B, rtol=1e-5, atol=1e-6)  # fp32 sums
+    opened = armor.trainable(packed)
+    assert same(opened.rebuild(opened.parts), packed)
+    torch.testing.assert_close(opened.weight(opened.parts), armor.dequantize(packed))
+
+
 CODES = {(0, 1): 0b0100, (0, 2): 0b1000, (1, 2): 0b1001, (0, 3): 0b1100, (1, 3): 0b1101, (2, 3): 0b1110}
 FILLED = {(): (2, 3), (0,): (0, 2), (1,): (1, 2), (2,): (2, 3), (3,): (2, 3)}  # PyTorch's packer
 
@@ -248,8 +267,8 @@ def test_params_that_do_not_fit_a_linear_are_refused_before_work_starts() -> Non
         (lambda: sparse24.complete_mask(torch.zeros(2, 10), 2, 4), "10 inputs"),
         (lambda: sparse24_int.spec({**integers, "group_size": 6}, (8, 12), "F16"), "group_size 6 is no multiple of 4"),
         (lambda: sparse24_int.spec({**integers, "group_size": 8}, (8, 12), "F16"), "12 inputs cannot be split into groups of 8"),
-        (lambda: armor.spec({"n": 2, "m": 4, "b_in": 8, "b_out": 4}, (8, 12), "F16"), "12 inputs .* blocks of 8"),
-        (lambda: armor.spec({"n": 2, "m": 4, "b_in": 4, "b_out": 3}, (8, 12), "F16"), "8 outputs .* blocks of 3"),
+        (lambda: armor.spec({"n": 2, "m": 4, "b_in": 16, "b_out": 4}, (8, 12), "F16"), "12 inputs .* blocks of 16"),
+        (lambda: armor.spec({"n": 2, "m": 4, "b_in": 4, "b_out": 0}, (8, 12), "F16"), "8 outputs .* blocks of 0"),
         (lambda: armor.spec({"core": "awq", "n": 2, "m": 4, "b_in": 4, "b_out": 4}, (8, 12), "F16"), "the core is 'awq'"),
     ]
     for make, why in cases:
@@ -327,6 +346,7 @@ def fixed() -> dict[str, Packed]:
         "bitmask": bitmask.pack(W * any_mask, any_mask),
         "int": sparse24_int.from_int_grouped(base, {"n": 2, "m": 4}),
         "armor": armor.pack(core, pre, post),
+        "armor, ragged": armor.pack(core, *(((k[:b * b * n] % 23 - 11) / 8).to(F16).view(n, b, b) for n, b in ((4, 14), (2, 12)))),
     }
 
 
@@ -358,6 +378,14 @@ def test_bytes_of_a_fixed_input_are_frozen() -> None:
             "pre": "51e28a7d9e355fc7",
             "post": "84c4d0d3d38156c7",
         },
+        "armor, ragged": {
+            "values": "8e4420be2aa68a76",
+            "meta": "5c8b506132a4b1b4",
+            "pre": "bd01675285149dbc",
+            "pre_rest": "7dfdd2ea4629aa3d",
+            "post": "ac32068e7b72f3ec",
+            "post_rest": "f1f7d5642a5f1561",
+        },
     }
 
 
@@ -376,6 +404,7 @@ def test_bytes_of_a_fixed_input_are_frozen() -> None:
         ("int", "meta", (3, 0), 0b0000, "in row 3, group 0"),
         ("armor", "pre", (0, 0, 0), float("nan"), "pre holds NaN or Inf"),
         ("armor", "meta", (3, 0), 0b0000, "in row 3, group 0"),
+        ("armor, ragged", "pre_rest", (0, 0), float("nan"), "pre_rest holds NaN or Inf"),
     ],
 )
 def test_damage_is_named(name: str, tensor: str, at: tuple[int, ...], value: float, why: str) -> None:
@@ -387,7 +416,7 @@ def test_damage_is_named(name: str, tensor: str, at: tuple[int, ...], value: flo
     assert re.search(why, "; ".join(found)), found
 
 
-@pytest.mark.parametrize("name", ["2:4", "bitmask", "int", "armor"])
+@pytest.mark.parametrize("name", ["2:4", "bitmask", "int", "armor", "armor, ragged"])
 def test_a_tensor_of_another_shape_is_named(name: str) -> None:
     whole = fixed()[name]
     for tensor in whole.tensors.keys() - {"weight_shape"}:

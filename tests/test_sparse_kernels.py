@@ -43,6 +43,7 @@ CASES: dict[str, Callable[[], Packed]] = {
     "int 3 bits": lambda: random_codes(101, 48, 3, 16, False),
     "int 8 bits, 3:5": lambda: random_codes(40, 30, 8, -1, False, 3, 5),
     "armor": lambda: random_armor(70, 48, 12, 14),
+    "armor, ragged": lambda: random_armor(70, 48, 20, 33),
     "armor, codes": lambda: random_armor(66, 64, 16, 33, random_codes(66, 64, 4, 16, False, E=BF16), BF16),
 }
 ONE_PER_KIND = ["3:5", "bitmask", "int 3 bits", "armor", "armor, codes"]
@@ -69,7 +70,7 @@ def in_fp64(packed: Packed, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor
         return F.linear(x.double(), registry.by_kind(packed.kind).dequantize(packed).double(), bias.double())
     core, pre, post = registry.by_kind(packed.kind).unpack(packed)
     S = registry.by_kind(core.kind).dequantize(core).double()
-    A, B = (torch.block_diag(*blocks.double()) for blocks in (post, pre))
+    A, B = (torch.block_diag(*blocks.double())[:size, :size] for blocks, size in zip((post, pre), packed.shape, strict=True))
     return x.double() @ (A @ S @ B).T + bias.double()
 
 
@@ -143,6 +144,19 @@ def test_the_blocks_of_armor_are_three_products_each_rounded(backend: Callable[[
     want = x @ torch.block_diag(*pre).T @ S.T @ torch.block_diag(*post).T
     y = kernel(packed).linear(x, prepared(packed, BF16))
     torch.testing.assert_close(y, want, rtol=1.6e-2, atol=1.6e-2)
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="the C++ library is not built")
+@pytest.mark.parametrize("case", ["armor, ragged", "armor"])
+def test_any_blocks_around_the_native_core_agree_with_fp64(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPRESS_BACKEND", "cpu")
+    packed = CASES[case]()
+    (O, I), p = packed.shape, prepared(packed, torch.float32)
+    assert p.path == "cpu"
+    bias = torch.linspace(-1, 1, O)
+    for x in (inputs(1, I), inputs(17, I), inputs(0, I)):
+        y = kernel(packed).linear(x, p, bias)
+        torch.testing.assert_close(y.double(), in_fp64(packed, x, bias), rtol=1e-5, atol=1e-5)  # fp32 sums
 
 
 def test_without_the_library_weights_are_held_dense_and_that_is_said_once_per_kind(

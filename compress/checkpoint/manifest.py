@@ -1,12 +1,14 @@
 """`manifest.json`: what an artifact is, where it came from, and the hash of every file; `verify` holds the folder to it.
 
 Schema 1: {schema, tool, job, source{name, revision, files{path: sha256}}, method, config, seed, calibration_sha256, versions,
-format, linears{name: {kind, version, params, shape, bits, error}}, search, files{path: {sha256, bytes}}}. Nothing in it
-depends on time, host or paths, so equal jobs give equal bytes. `report.json` (evaluation) is outside the hashes.
+format, linears{name: {kind, version, params, shape, bits, error}}, heads (embedding and head, alike, if they are rounded), search,
+files{path: {sha256, bytes}}}. Nothing in it depends on time, host or paths, so equal jobs give equal bytes. `report.json`
+(evaluation) is outside the hashes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,11 @@ from compress.errors import CompressError
 SCHEMA = 1
 FILE = "manifest.json"
 UNHASHED = frozenset({FILE, "report.json", f"{FILE}.tmp", "report.json.tmp"})  # .tmp: left by a kill in mid-write
+
+
+def stored(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every module that is stored in a format: linears, then embedding and head."""
+    return {**manifest["linears"], **manifest.get("heads", {})}
 
 
 def file_table(folder: Path) -> dict[str, dict[str, Any]]:
@@ -60,7 +67,10 @@ def _malformed(manifest: dict[str, Any]) -> str | None:
         return "it names no linear"
     number = (int, float)
     wanted: dict[str, Any] = {"kind": str, "version": int, "params": dict, "shape": list, "bits": number, "error": number}
-    for name, entry in manifest["linears"].items():
+    heads = manifest.get("heads", {})
+    if not isinstance(heads, dict):
+        return "heads is not a dict"
+    for name, entry in (*manifest["linears"].items(), *heads.items()):
         wrong = [key for key, of in wanted.items() if not isinstance(entry, dict) or not isinstance(entry.get(key), of)]
         if wrong or len(entry["shape"]) != 2 or not all(isinstance(n, int) and n > 0 for n in entry["shape"]):
             return f"{name} has no proper {wrong[0] if wrong else 'shape'}"

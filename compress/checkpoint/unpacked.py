@@ -29,7 +29,7 @@ def read(folder: Path) -> dict[str, Any] | None:
         why = getattr(registry.by_kind(entry["kind"]), "without_weight", lambda params: None)(entry["params"])
         if why is not None:
             raise CompressError(f"{folder}: {name} stands for no dense weight: {why}", hint="start from a dense checkpoint")
-    narrow = any("bits" in entry["params"] and entry["kind"] != "dense" for entry in known["linears"].values())
+    narrow = any("bits" in entry["params"] and entry["kind"] != "dense" for entry in manifest.stored(known).values())
     return None if narrow else known
 
 
@@ -112,8 +112,11 @@ class UnpackedReader(CheckpointReader):
         return W.T.contiguous() if name in self._transposed else W
 
     def wrappers(self, linear: str) -> Wrappers:
-        """pre and post of a wrapped linear, as stored."""
-        return self._part(f"{linear}.pre"), self._part(f"{linear}.post")
+        """pre and post of a wrapped linear, as stacks of blocks."""
+        form = registry.by_kind(self._known[linear]["kind"])
+        parts = [suffix for suffix in self._spec(linear, "F16") if suffix in form.WRAPPERS]
+        found: Wrappers = form.wrappers({suffix: self._part(f"{linear}.{suffix}") for suffix in parts})
+        return found
 
     def _part(self, name: str) -> torch.Tensor:
         entry = self._stored[name]

@@ -18,10 +18,14 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and more l
 
 def inspect_artifact(
     artifact: Annotated[Path, typer.Argument(help="A folder that compress wrote.")],
+    explain: Annotated[bool, typer.Option("--explain", help="Load it, and say which kernel path each linear takes here.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Say what an artifact is: method, bits, size, worst linears, and where it loads."""
+    if explain:
+        _explain(artifact, as_json)
+        return
     if (artifact / "bundle.json").is_file():
         from compress.cli.bundles import print_bundle
 
@@ -41,6 +45,9 @@ def inspect_artifact(
         print(f"  pruned     before, by {d.pruned['method']}, {amount}")
     if d.linears:
         print(f"  linears    {d.linears} at {d.bits_linears:.3f} bits per weight")
+    for head in d.heads:
+        saved = f"{size(head['bytes'])} instead of {size(head['bytes_at_16_bits'])} at 16 bits"
+        print(f"  head       {head['name']} at {head['bits']} bits, error {head['error']:.4f}, {saved}")
     for part, counts in d.widths.items():
         print(f"               {part}: " + ", ".join(f"{n} at {bits} bits" for bits, n in sorted(counts.items())))
     if d.kept is not None:
@@ -69,6 +76,23 @@ def inspect_artifact(
     for metric in (d.report or {}).get("metrics", []):
         beside = "" if metric["baseline"] is None else f"   baseline {metric['baseline']:.4f}"
         print(f"  {metric['name'] + ':':20s} {metric['value']:.4f}{beside}")
+
+
+def _explain(artifact: Path, as_json: bool) -> None:
+    """The paths that the artifact's linears take on this machine, and why not others."""
+    from compress.audit import explain
+
+    facts, choices = explain(artifact)
+    if as_json:
+        print(json.dumps({**facts, "choices": [dataclasses.asdict(c) for c in choices]}))
+        return
+    print(f"{facts['cpu']}, {facts['isa']}, {facts['threads']} threads, activations {facts['activations']}")
+    print(f"paths measured here: {facts['table'] if facts['tuned'] else 'none, so the usual order holds (compress bench tune)'}")
+    for choice in choices:
+        more = f" and {len(choice.linears) - 1} more" if len(choice.linears) > 1 else ""
+        print(f"  {choice.path:10s} {choice.linears[0]}{more}: {choice.what}")
+        for path, why in choice.others.items():
+            print(f"             not {path}: {why}")
 
 
 def _span(low: float, high: float) -> str:

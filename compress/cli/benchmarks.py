@@ -1,4 +1,4 @@
-"""`compress bench kernels` and `compress bench model`."""
+"""`compress bench kernels`, `compress bench model` and `compress bench tune`."""
 
 from __future__ import annotations
 
@@ -89,6 +89,36 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+@bench.command("tune")
+def bench_tune(
+    kinds: Annotated[str, typer.Option(help="Kinds of weights, separated by commas; default all.")] = "",
+    seconds: Annotated[float, typer.Option(help="About how long the paths of a case are timed.")] = 1.0,
+    threads: Annotated[int | None, typer.Option(help="Threads that the table is for; default torch's.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure which kernel path is the fastest here, and keep it: models that are loaded later take it."""
+    import dataclasses
+
+    import torch
+
+    from compress import log, tuning
+
+    log.configure(debug)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    cases = []
+    for case in tuning.tune(_split(kinds), seconds=seconds):
+        cases.append(case)
+        if as_json:
+            print(json.dumps(dataclasses.asdict(case)), flush=True)
+        else:
+            times = ", ".join(f"{path} {' and '.join(f'{t:.3f}' for t in ms)}" for path, ms in case.ms.items())
+            print(f"{case.key:40s} {case.best:9s} ms with 1 and 16 tokens: {times}", flush=True)
+    if cases:
+        print(f"kept in {tuning.keep(cases)}", file=sys.stderr)
+
+
 @bench.command("model")
 def bench_model(
     model: Annotated[str, typer.Argument(help="An artifact, a model folder, or a hub id.")],
@@ -99,6 +129,7 @@ def bench_model(
     repeats: Annotated[int, typer.Option(help="Repetitions, of which the median counts.")] = 3,
     dtype: Annotated[str, typer.Option(help="Of activations.")] = "bfloat16",
     threads: Annotated[int | None, typer.Option(help="Threads; default torch's.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Instead: where the time of one decoded token goes.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -111,8 +142,14 @@ def bench_model(
         sizes = [int(n) for n in batches.split(",")]
     except ValueError as error:
         raise CompressError(f"--batches {batches!r} is no list of numbers", hint="--batches 1,8", usage=True) from error
-    options = {"batches": sizes, "prompt": prompt, "tokens": tokens, "repeats": repeats, "dtype": dtype}
-    rows = [row for path in (baseline, model) if path is not None for row in _child(path, options, threads)]
+    options: dict[str, Any] = {"prompt": prompt, "tokens": tokens, "dtype": dtype}
+    function = "profile" if profile else "model"
+    if not profile:
+        options |= {"batches": sizes, "repeats": repeats}
+    rows = [row for path in (baseline, model) if path is not None for row in _child(path, function, options, threads)]
+    if profile:
+        _print_profiles(rows, as_json)
+        return
     base = {r["batch"]: r for r in rows if r["model"] == baseline}
     if not as_json:
         print(
@@ -126,8 +163,19 @@ def bench_model(
         ratio = f" ({row['decode'] / dense['decode']:.2f}x)" if dense is not None and dense is not row else ""
         print(
             f"{row['batch']:5d} {row['prefill']:13.1f} {row['first']:8.3f} {row['decode']:12.2f} {row['weights'] / 1e9:10.3f} "
-            f"{row['peak'] / 1e9:8.2f}  {row['model']}{ratio}"
+            f"{row['peak'] / 1e9:8.2f}  {row['model']}{ratio}, {row['path']}"
         )
+
+
+def _print_profiles(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if not as_json:
+        print(f"{'token ms':>9s} {'kernels ms':>10s} {'rest ms':>8s} {'kernels':>8s}  path, model")
+    for row in rows:
+        if as_json:
+            print(json.dumps(row))
+        else:
+            rest, share = row["token"] - row["kernels"], row["kernels"] / row["token"]
+            print(f"{row['token']:9.3f} {row['kernels']:10.3f} {rest:8.3f} {share:8.0%}  {row['path']}, {row['model']}")
 
 
 CHILD = """
@@ -136,24 +184,24 @@ import torch
 from compress import log, timing
 from compress.errors import CompressError
 log.configure(False)
-options, threads = json.loads(sys.argv[2]), json.loads(sys.argv[3])
+function, options, threads = sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
 if threads:
     torch.set_num_threads(threads)
 try:
-    for row in timing.model(sys.argv[1], **options):
+    for row in getattr(timing, function)(sys.argv[1], **options):
         print(json.dumps(dataclasses.asdict(row)), flush=True)
 except CompressError as error:
     print(json.dumps({"error": str(error), "hint": error.hint}))
 """
 
 
-def _child(path: str, options: dict[str, Any], threads: int | None) -> list[dict[str, Any]]:
-    """Rows of one model, measured in a process of its own, so that peak memory is its own."""
+def _child(path: str, function: str, options: dict[str, Any], threads: int | None) -> list[dict[str, Any]]:
+    """Rows of `timing`'s function for one model, measured in a process of its own, so that peak memory is its own."""
     import subprocess
 
     from compress.errors import CompressError
 
-    args = [sys.executable, "-c", CHILD, path, json.dumps(options), json.dumps(threads)]
+    args = [sys.executable, "-c", CHILD, path, function, json.dumps(options), json.dumps(threads)]
     done = subprocess.run(args, stdout=subprocess.PIPE, text=True, check=False)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     for row in rows:

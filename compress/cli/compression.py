@@ -41,6 +41,10 @@ _COMMON: dict[str, tuple[Any, Any]] = {
     "json": (Annotated[bool, typer.Option("--json", help="Print the result as JSON.")], False),
     "debug": (Annotated[bool, typer.Option("--debug", help="Show tracebacks and more log.")], False),
 }  # fmt: skip
+_HEAD: dict[str, tuple[Any, Any]] = {
+    "lm_head_bits": (Annotated[int | None, typer.Option(help="Also round embedding and head, to 8 or 4 bits.")], None),
+    "lm_head_only": (Annotated[bool, typer.Option("--lm-head-only", help="Of them leave an untied embedding as it is.")], False),
+}  # fmt: skip
 _OWN: dict[str, dict[str, tuple[Any, Any]]] = {  # of one verb
     "quantize": {
         "format": (Annotated[str, typer.Option(help="pack-quantized, awq (4-bit gemm, for vLLM) or dense.")], "pack-quantized"),
@@ -52,6 +56,7 @@ _OWN: dict[str, dict[str, tuple[Any, Any]]] = {  # of one verb
             Annotated[float | None, typer.Option(help="Choose each linear's bits: least loss within so many bits per weight.")],
             None,
         ),
+        **_HEAD,
         "keep_zeros": (
             Annotated[bool, typer.Option("--keep-zeros", help="Zeros stay zeros, as they do by themselves in what prune wrote.")],
             False,
@@ -64,9 +69,11 @@ _OWN: dict[str, dict[str, tuple[Any, Any]]] = {  # of one verb
         "then_bits": (Annotated[int | None, typer.Option(help="Then quantize to so many bits, zeros kept.")], None),
         "then_method": (Annotated[str, typer.Option(help="Method of --then-bits.")], "gptq"),
         "then_group_size": (Annotated[int, typer.Option(help="Group size of --then-bits; -1: a whole row.")], 128),
+        **_HEAD,
     },
     "factorize": {
         "format": (Annotated[str, typer.Option(help="factors (thin matrices and columns) or dense (for any loader).")], "factors"),
+        **_HEAD,
     },
 }  # fmt: skip
 _ABOUT = {
@@ -176,7 +183,8 @@ def size(count: int) -> str:
 def _progress(p: Any) -> None:
     left = f"{p.left / 60:.1f} min left" if p.left >= 90 else f"{p.left:.0f} s left"
     what = p.what if p.error is None else f"error {p.error:.4f}  {p.bits:.2f} bits"
-    line = f"block {p.block + 1:3d}/{p.blocks}  {what}  {p.seconds:5.1f} s  {left}  rss {size(p.rss)}"
+    unit = "step" if p.what == "training" else "block"
+    line = f"{unit} {p.block + 1:3d}/{p.blocks}  {what}  {p.seconds:5.1f} s  {left}  rss {size(p.rss)}"
     print(line, file=sys.stderr, flush=True)
 
 

@@ -27,9 +27,9 @@ def loads(config: dict[str, Any]) -> list[tuple[str, str]]:
     weights = groups[0]["weights"]
     bits, symmetric = weights["num_bits"], weights["symmetric"]
     stock = "yes, with compressed-tensors >= 0.19 (weights become dense on the first forward pass)"
-    if not symmetric:
+    if quant.get("dequantize") or not symmetric:
         stock = 'yes, with compressed-tensors >= 0.19, through "dequantize": true (weights become dense at load)'
     vllm = "yes, by its source; not run by us" if symmetric or bits in (4, 8) else f"no: asymmetric {bits} bits"
     if len(groups) > 1:
-        vllm = "not checked: linears that it fuses (q, k, v; gate, up) would need one width"
+        vllm = "not checked: linears that it fuses (q, k, v; gate, up) would need one width, an embedding to be one that it reads"
     return [("transformers", stock), ("vLLM", vllm), own]

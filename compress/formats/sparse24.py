@@ -93,11 +93,13 @@ def mask_of(at: torch.Tensor, n: int, m: int) -> torch.Tensor:
 
 
 def pack(W: torch.Tensor, mask: torch.Tensor, *, n: int, m: int) -> Packed:
-    """Pack W (O, I), 16-bit, by a mask (O, I) bool; a kept weight may be 0. A negative zero is stored as zero.
+    """Pack W (O, I), 16-bit or, on the way to a dense export, fp32, by a mask (O, I) bool; a kept weight may be 0.
+
+    A negative zero is stored as zero.
 
     A group that has not exactly n kept weights, or a weight outside the mask that is not zero, raises: nothing is dropped.
     """
-    assert W.dtype in (torch.float16, torch.bfloat16), "values are 16-bit"
+    assert W.dtype in (torch.float16, torch.bfloat16, torch.float32), "values are 16-bit; 32-bit ones are never written"
     shape = (int(W.shape[0]), int(W.shape[1]))
     at = positions(mask, n, m)
     uncovered(W, mask)

@@ -39,6 +39,20 @@ def block_size(dim: int, at_most: int = 128, multiple: int = 4) -> int:
     return max((b for b in range(multiple, min(dim, at_most) + 1, multiple) if dim % b == 0), default=0)
 
 
+def any_size(dim: int, at_most: int = 128, multiple: int = 4, ragged: bool = False) -> int:
+    """`block_size`, or, where that is less than half of what was asked (with `ragged` always), a size that need not divide."""
+    whole, wanted = block_size(dim, at_most, multiple), min(dim, at_most) // multiple * multiple
+    return wanted if ragged or 2 * whole < wanted else whole
+
+
+def padded(W: torch.Tensor, b_out: int, b_in: int) -> torch.Tensor:
+    """W (O, I) with zeros to whole blocks.
+
+    No optimiser here moves a factor towards them: a zero target leaves the core's padding 0, and A's and B's the identity.
+    """
+    return torch.nn.functional.pad(W, (0, -W.shape[1] % b_in, 0, -W.shape[0] % b_out))
+
+
 def left(A: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
     """blockdiag(A) X, for A (n0, b, b) and X (O, I)."""
     n0, b, _ = A.shape

@@ -30,6 +30,12 @@ def damped(C: torch.Tensor, damp: float) -> torch.Tensor:
     return C
 
 
+def padded(C: torch.Tensor, b: int) -> torch.Tensor:
+    """C (I, I) beside a multiple of the identity, up to whole blocks of b inputs."""
+    more = -len(C) % b
+    return torch.block_diag(C, C.diagonal().mean() * torch.eye(more, dtype=C.dtype, device=C.device)) if more else C
+
+
 def full_loss(f: Factors, W: torch.Tensor, C: torch.Tensor) -> float:
     """tr(E C Eᵀ), E = A S B - W, for W (O, I) and C (I, I)."""
     E = reconstruct(f) - W

@@ -105,5 +105,7 @@ def alike(block: Block, together: list[str], grid: Grid) -> list[tuple[Grid, boo
 def seen_by_core(H: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
     """B H Bᵀ (I, I) for B = blockdiag(pre): the second moment of what ARMOR's core sees."""
     I, (blocks, b, _) = len(H), pre.shape
-    left = (pre @ H.view(blocks, b, I)).view(I, I)
-    return (pre @ left.T.reshape(blocks, b, I)).view(I, I)
+    wide = blocks * b  # more than I where the last block is smaller
+    H = H if wide == I else torch.nn.functional.pad(H, (0, wide - I, 0, wide - I))
+    left = (pre @ H.view(blocks, b, wide)).view(wide, wide)
+    return (pre @ left.T.reshape(blocks, b, wide)).view(wide, wide)[:I, :I]

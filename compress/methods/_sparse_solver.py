@@ -9,7 +9,7 @@ saliencies of each block of 128 columns; N:M: the lowest of each group when the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +35,12 @@ class Pruned:
 
 def sparsify(
     W: torch.Tensor, factor: Factor, *, share: float = 0.5, nm: tuple[int, int] | None = None, scope: str = "matrix",
-    mask: torch.Tensor | None = None, keep_saliency: bool = False,
+    mask: torch.Tensor | None = None, keep_saliency: bool = False, outputs: torch.Tensor | None = None, gone: int | None = None,
 ) -> Pruned:  # fmt: skip
-    """Prune W (O, I) fp32 to `share` zeros, to an N:M pattern, or to a given `mask`; `factor` unordered."""
+    """Prune W (O, I) fp32 to `share` zeros (or so many as `gone`), to an N:M pattern, or to a given `mask`; `factor` unordered.
+
+    `outputs` (O,) weighs the errors of each row, which counts where rows compete.
+    """
     O, I = W.shape
     assert factor.order is None, "columns are pruned in order"
     V = W.masked_fill(factor.dead, 0.0).T.contiguous()
@@ -53,7 +56,8 @@ def sparsify(
         if saliency is not None:
             saliency[start:end] = block.square() / diagonal[start:end].square().unsqueeze(1)
         if mask is None and nm is None:
-            kept[start:end] = _chosen(block, diagonal[start:end], start, end, W.shape[0], share, scope)
+            due = _due(share, scope, W.shape, gone)
+            kept[start:end] = _chosen(block, diagonal[start:end], due(end) - due(start), scope, outputs)
         E = torch.empty_like(block)
         for c in range(start, end):
             if mask is None and nm is not None and c % nm[1] == 0:
@@ -75,12 +79,17 @@ def factors(block: Block, stats: Mapping[str, InputStats], damp: float) -> Itera
         yield names, factorize(stats[names[0]].hessian(), damp, "off", -1, names[0])
 
 
-def _chosen(
-    block: torch.Tensor, diagonal: torch.Tensor, start: int, end: int, rows: int, share: float, scope: str
-) -> torch.Tensor:
-    """Mask (C, O) of the columns start..end; counts are differences of the running rule, so that the matrix's is exact."""
+def _due(share: float, scope: str, shape: torch.Size, gone: int | None) -> Callable[[int], int]:
+    """Columns -> how many weights (of a row in scope row) are gone once so many were visited; the matrix's count is exact."""
+    rows = 1 if scope == "row" else shape[0]
+    return lambda end: zeros(share, rows * end) if gone is None else gone * end // shape[1]
+
+
+def _chosen(block: torch.Tensor, diagonal: torch.Tensor, gone: int, scope: str, outputs: torch.Tensor | None) -> torch.Tensor:
+    """Mask (C, O) of a block of columns (C, O), of which `gone` go, in scope row of each row."""
     e = (block.square() / diagonal.square().unsqueeze(1)).T.contiguous()
     if scope == "row":
-        return keep_highest(e, zeros(share, end) - zeros(share, start)).T
-    gone = zeros(share, rows * end) - zeros(share, rows * start)
+        return keep_highest(e, gone).T
+    if outputs is not None:
+        e.mul_(outputs.unsqueeze(1))
     return keep_highest(e.view(1, -1), gone).view(e.shape).T

@@ -152,6 +152,11 @@ def surveys(config: Any) -> bool:
     return bool(config.scope == "model")
 
 
+def spool(config: Any, weights: int, linears: int) -> int:
+    """Bytes that this survey keeps on disk."""
+    return 8 * BINS * linears if surveys(config) else 0
+
+
 def histograms(block: Block, score: Score) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """What such a survey keeps of a block: its scores' histograms; later blocks see dense ones."""
     return {f"{HISTOGRAM}{n}": histogram(score(n, W.float())) for n, W in block.weights.items()}, {}

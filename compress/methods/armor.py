@@ -44,6 +44,7 @@ class Config(_sparsity.Sparse):
     pattern: str = field(default="2:4", metadata={"help": "N:M of the core, N weights kept of every M inputs"})
     mode: str = field(default="fast", metadata={"help": "fast, paper, or quality (whole covariance; --quality chooses it)"})
     block: int = field(default=128, metadata={"help": "largest block of the wrappers; the largest divisor up to it is taken"})
+    ragged: bool = field(default=False, metadata={"help": "take --block itself; where it does not divide, a last block is smaller"})
     restarts: int = field(default=16, metadata={"help": "of the core, at most, in modes fast and quality: fewer are faster"})
     iters: int = field(default=20_000, metadata={"help": "iterations of mode paper"})
     lr: float = field(default=1e-4, metadata={"help": "Adam's rate in mode paper"})
@@ -88,7 +89,7 @@ class Config(_sparsity.Sparse):
     def params(self, shape: tuple[int, int]) -> dict[str, Any]:
         """Format parameters of a linear (O, I)."""
         n, m = self.nm
-        b_in, b_out = _armor.block_size(shape[1], self.block, m), _armor.block_size(shape[0], self.block, 1)
+        b_out, b_in = (_armor.any_size(d, self.block, k, self.ragged) for d, k in zip(shape, (1, m), strict=True))
         return {"n": n, "m": m, "b_in": b_in, "b_out": b_out}
 
 
@@ -143,9 +144,10 @@ def _linear(
     sizes = b_out, b_in, n, m
     if config.mode == "quality":
         C = _armor_quality.damped(stats.hessian(), config.damp)
-        plain = _armor_quality.nowag(W, C, *sizes)
+        target, wide = _armor.padded(W, b_out, b_in), _armor_quality.padded(C, b_in)
+        plain = _armor_quality.nowag(target, wide, *sizes)
         plan = dataclasses.replace(_armor_quality.PLAN, restarts=min(config.restarts, _armor_quality.PLAN.restarts))
-        found, _ = _armor_quality.quality(W, C, *sizes, damp=0.0, plan=plan)
+        found, _ = _armor_quality.quality(target, wide, *sizes, damp=0.0, plan=plan)
         r1, r2 = torch.ones_like(W[0]), torch.ones_like(W[:, 0])
         total = ((W @ C) * W).sum(dtype=torch.float64).clamp(min=1e-30)
 
@@ -154,11 +156,13 @@ def _linear(
             return float(((E @ C) * E).sum(dtype=torch.float64) / total)
     else:
         h, bar = _energy(stats), normalise(W)
-        plain = _armor.start(bar.W, h, *sizes)
+        target = _armor.padded(bar.W, b_out, b_in)
+        energy = torch.nn.functional.pad(h, (0, target.shape[1] - len(h)), value=float(h.mean()))
+        plain = _armor.start(target, energy, *sizes)
         if config.mode == "paper":
-            found, _ = _armor.paper(bar.W, h, *sizes, iters=config.iters, lr=config.lr, seed=config.draw_seed)
+            found, _ = _armor.paper(target, energy, *sizes, iters=config.iters, lr=config.lr, seed=config.draw_seed)
         else:
-            found, _ = _armor_fast.fast(bar.W, h, *sizes, _armor_fast.Plan(restarts=config.restarts))
+            found, _ = _armor_fast.fast(target, energy, *sizes, _armor_fast.Plan(restarts=config.restarts))
         r1, r2 = bar.r1, bar.r2
         total = (bar.W.square() * h).sum(dtype=torch.float64).clamp(min=1e-30)
 
@@ -167,7 +171,7 @@ def _linear(
             return float((E.square() * h).sum(dtype=torch.float64) / total)
 
     A, B = (torch.eye(b, device=W.device).expand_as(t) for b, t in ((b_out, found.A), (b_in, found.B)))
-    ones = _armor.Factors(A, B, W * plain.mask, plain.mask)
+    ones = _armor.Factors(A, B, _armor.padded(W, b_out, b_in) * plain.mask, plain.mask)
     base = _pack(ones, torch.ones_like(r1), torch.ones_like(r2), n, m, dtype, name)
     best = _pack(found, r1, r2, n, m, dtype, name)
     L0, L = measure(armor.dequantize(base).to(W.device)), measure(armor.dequantize(best).to(W.device))
@@ -181,13 +185,20 @@ def _pack(
 ) -> Packed:  # fmt: skip
     """Factors with r1 (I,) folded into B and r2 (O,) into A; then B's rows and A's columns get length 1, the core their lengths.
 
-    16-bit numbers have little range, and factors are free up to these lengths.
+    16-bit numbers have little range, and factors are free up to these lengths. A core that still does not fit is halved as often as
+    it takes, and the wrappers doubled by turns, which is exact. Padding beyond O and I is left out.
     """
+    O, I = len(r2), len(r1)
+    r1, r2 = (torch.nn.functional.pad(r, (0, size - len(r)), value=1.0) for r, size in ((r1, f.S.shape[1]), (r2, f.S.shape[0])))
     B, A = f.B * r1.view(len(f.B), 1, -1), f.A * r2.view(len(f.A), -1, 1)
     rows, columns = torch.linalg.vector_norm(B, dim=2), torch.linalg.vector_norm(A, dim=1)
     rows, columns = (torch.where(v > 0, v, torch.ones_like(v)) for v in (rows, columns))
-    pre, post = (B / rows.unsqueeze(2)).to(dtype).cpu(), (A / columns.unsqueeze(1)).to(dtype).cpu()
-    core = (f.S * columns.view(-1, 1) * rows.view(1, -1)).to(dtype).cpu()
+    S = f.S * columns.view(-1, 1) * rows.view(1, -1)
+    over = float(S.abs().max()) / torch.finfo(dtype).max
+    halvings = max(0, math.frexp(over)[1]) if math.isfinite(over) else 0
+    pre = (B / rows.unsqueeze(2) * 2.0 ** (halvings - halvings // 2)).to(dtype).cpu()
+    post = (A / columns.unsqueeze(1) * 2.0 ** (halvings // 2)).to(dtype).cpu()
+    core, mask = (S[:O, :I] / 2.0**halvings).to(dtype).cpu(), f.mask[:O, :I].cpu()
     if not all(torch.isfinite(t).all() for t in (pre, post, core)):
         raise CompressError(f"{name}: a factor does not fit into {dtype}", hint="start from a bfloat16 copy of the checkpoint")
-    return armor.pack(sparse24.pack(core, f.mask.cpu(), n=n, m=m), pre, post)
+    return armor.pack(sparse24.pack(core, mask, n=n, m=m), pre, post)

@@ -4,13 +4,14 @@
     g' = g + lambda 2 lr² reg_scale (G * g²),     * elementwise
 
 G (O, I): what removing a weight costs on general text, SparseGPT's W²/U_cc² on weights as compensated so far, block after pruned
-block (`code/general.py`). g = dL/dW: gradient of the mean next-token cross entropy of a step's domain windows at the original
-weights (the released code trains while it measures; `lr` is only a constant here). The lowest scores go, from the original weights.
-The formula is the released code's intent (`code/src/lomo.py`); of its bugs and its loss scale nothing is kept.
+block (`code/general.py`). g = dL/dW: gradient of the mean next-token cross entropy of a step's domain windows, at the original
+weights, or, with mode train, as in the paper, at weights that descend along g' meanwhile (`lr` is their rate then; else it is
+only a constant). The lowest scores go, from the original weights. The formula is the released code's intent (`code/src/lomo.py`);
+of its bugs and its loss scale nothing is kept.
 
 The released code has c1 = c3 = 1 and no general_weight. Measured on real models (docs/dpruner.md): W³ is a thousand times g W,
 which makes that magnitude pruning, and lambda's share of g' is 1e-10. So by default I is the domain's empirical Fisher information
-times W², per window, and G is added at the same scale. `compensate` is ours too. Training mode is not built.
+times W², per window, and G is added at the same scale. `compensate` is ours too.
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ from compress.methods._inputs import per_input, readers
 from compress.methods._masks import keep_highest, zeros
 from compress.methods._sparsity import settle
 from compress.stats import InputStats
-from compress.types import Block, Collect, Packed, Reducer, Result, Runner, Stat
+from compress.types import Block, Collect, Learner, Packed, Reducer, Result, Runner, Schedule, Stat
 
 VERB = "prune"
 CALIBRATED = True
 DOMAIN = True
 __all__ = [
-    "CALIBRATED", "DOMAIN", "VERB", "Config", "collects", "compress", "observes", "reducer", "settle", "survey", "survey_collects",
-    "surveys", "workspace",
+    "CALIBRATED", "DOMAIN", "VERB", "Config", "collects", "compress", "learner", "observes", "reducer", "settle", "spool",
+    "survey", "survey_collects", "surveys", "training", "workspace",
 ]  # fmt: skip
 _MOST = 1e12  # of a factor of the score: fp32 holds it times anything that a sane model has
+MODES = ("still", "train")
 BLOCKS = 32  # column blocks of a matrix in iterative blocking, where no width is given (`code/save_model_iterative.py`)
 
 
@@ -49,8 +51,12 @@ class Config(_sparsity.Sparse):
     block_columns: int = field(default=0, metadata={"help": "columns of such a block; 0: inputs / 32, the paper's"})
     samples: int = field(default=128, metadata={"help": "windows of the domain's text that gradients are taken from"})
     batch: int = field(default=1, metadata={"help": "windows of a step, whose mean loss gives one gradient; the paper: 8"})
+    mode: str = field(default="still", metadata={"help": "still: gradients at the original weights; train: along a fine-tuning"})
+    epochs: int = field(default=5, metadata={"help": "of mode train, over the domain's windows"})
+    warmup: float = field(default=0.1, metadata={"help": "share of its steps in which the rate rises to --lr, to fall to 0 then"})
+    clip: float = field(default=1.0, metadata={"help": "its longest gradient; longer ones are scaled down; 0: none is"})
     lam: float = field(default=0.1, metadata={"help": "weight of the penalty on changes that general text minds"})
-    lr: float = field(default=0.03, metadata={"help": "step length that the penalty assumes"})
+    lr: float = field(default=0.03, metadata={"help": "step length that the penalty assumes; in mode train the highest rate"})
     reg_scale: float = field(default=1e-3, metadata={"help": "the released code's extra factor of the penalty"})
     c1: float = field(default=0.0, metadata={"help": "factor of the first-order term g W; the released code: 1"})
     c2: float = field(default=5e-4, metadata={"help": "factor of the second-order term (g W)²"})
@@ -69,9 +75,13 @@ class Config(_sparsity.Sparse):
             raise CompressError("--blocking columns counts per matrix", hint="drop it, or --scope and --pattern", usage=True)
         if self.block_columns < 0 or (self.block_columns and self.blocking == "none"):
             raise CompressError("--block-columns is a width for --blocking columns", hint="such as 128", usage=True)
-        for name in ("samples", "batch"):
+        for name, what in (("samples", "windows"), ("batch", "windows"), ("epochs", "epochs")):
             if getattr(self, name) < 1:
-                raise CompressError(f"--{name} {getattr(self, name)} is not a number of windows", hint="use 1 or more", usage=True)
+                raise CompressError(f"--{name} {getattr(self, name)} is not a number of {what}", hint="use 1 or more", usage=True)
+        if self.mode not in MODES:
+            raise CompressError(f"--mode {self.mode!r} is unknown", hint=nearest(self.mode, list(MODES)), usage=True)
+        if not 0 <= self.warmup < 1 or not 0 <= self.clip <= _MOST:
+            raise CompressError("--warmup is a share below 1, --clip a length", hint="0.1 and 1 are the paper's", usage=True)
         for name in ("lam", "lr", "reg_scale", "c1", "c2", "c3", "general_weight"):
             if not 0 <= getattr(self, name) <= _MOST:
                 flag = name.replace("_", "-")
@@ -86,7 +96,11 @@ class Config(_sparsity.Sparse):
     @property
     def penalty(self) -> float:
         """The factor of G g² in g'."""
-        return self.lam * 2 * self.lr**2 * self.reg_scale
+        return self.penalty_at(self.lr)
+
+    def penalty_at(self, lr: float) -> float:
+        """The same at another rate."""
+        return self.lam * 2 * lr**2 * self.reg_scale
 
     @property
     def survey_propagate(self) -> bool:
@@ -105,6 +119,12 @@ class Config(_sparsity.Sparse):
 def surveys(config: Config) -> bool:
     """Whether G is needed at all."""
     return config.penalty > 0 or config.general_weight > 0
+
+
+def spool(config: Config, weights: int, linears: int) -> int:
+    """Bytes that the walks keep on disk: G and the pruned 16-bit weights; scores; in training weights, gradients and sums."""
+    each = (6 if surveys(config) else 0) + 4 + (12 if config.mode == "train" else 0)
+    return each * weights + _sparsity.spool(config, weights, linears)
 
 
 def survey_collects(block: Block, config: Config) -> Collect:
@@ -132,14 +152,16 @@ def survey(
 
 
 class Important:
-    """`types.Reducer`: the score (O, I) of every linear, and how large each of its terms is."""
+    """`types.Reducer` and `types.Learner`: the score (O, I) of every linear, and how large each of its terms is."""
 
-    def __init__(self, block: Block, config: Config) -> None:
+    def __init__(self, block: Block, config: Config, state: Mapping[str, torch.Tensor] | None = None) -> None:
         self._weights, self._survey, self._config = block.weights, block.survey, config
-        self._sum: dict[str, torch.Tensor] = {}  # I so far
+        state = state or {}
+        known = {n: (state[f"sum:{n}"], state[f"terms:{n}"]) for n in block.weights if f"sum:{n}" in state}
+        self._sum = {n: I.clone() for n, (I, _) in known.items()}  # I so far
         self._step: dict[str, torch.Tensor] = {}  # the gradients' sum in this step
-        self._terms: dict[str, torch.Tensor] = {}  # sums over weights and steps of |g|, |penalty|, |g' W|, (g' W)²
-        self._steps: dict[str, int] = {}
+        # sums over weights and steps of |g|, |penalty|, |g' W|, (g' W)², and how many steps
+        self._terms = {n: terms for n, (_, terms) in known.items()}
         self._here: set[str] = set()  # linears that this sample has reached
         self._samples = 0
 
@@ -157,26 +179,32 @@ class Important:
 
     def _finish(self, batch: int) -> None:
         """A step is over: its mean gradients go into I."""
-        config = self._config
         for name in list(self._step):
-            g, W = self._step.pop(name).div_(batch), self._weights[name].float()
-            terms = [g.abs().sum(dtype=torch.float64)]
-            penalty = torch.zeros((), device=g.device)
-            if config.penalty:
-                penalty = self._general(name, g.device).mul(g).mul_(g).mul_(config.penalty)
-                g.add_(penalty)
-            t = g.mul_(W)
-            square = t.square()
-            sums = (penalty.abs(), t.abs(), square)
-            terms += [s.sum(dtype=torch.float64) for s in sums]
-            I = t.mul_(config.c1).add_(square, alpha=config.c2)
-            if config.c3:
-                I.add_(W.pow(3), alpha=config.c3)
-            I.abs_()
-            self._sum[name] = self._sum[name].add_(I) if name in self._sum else I
-            found = torch.stack(terms)
-            self._terms[name] = self._terms[name] + found if name in self._terms else found
-            self._steps[name] = self._steps.get(name, 0) + 1
+            self.learn(name, self._step.pop(name).div_(batch), self._config.lr)
+
+    def learn(self, name: str, g: torch.Tensor, lr: float) -> torch.Tensor:
+        """One step of a linear, whose mean gradient is g (O, I), at rate `lr`. Returns g', in g's place."""
+        config, W = self._config, self._weights[name].float()
+        factor, penalty = config.penalty_at(lr), torch.zeros((), device=g.device)
+        terms = [g.abs().sum(dtype=torch.float64)]
+        if factor:
+            penalty = self._general(name, g.device).mul(g).mul_(g).mul_(factor)
+            g.add_(penalty)
+        t = g.float() * W
+        square = t.square()
+        terms += [s.sum(dtype=torch.float64) for s in (penalty.abs(), t.abs(), square)]
+        I = t.mul_(config.c1).add_(square, alpha=config.c2)
+        if config.c3:
+            I.add_(W.pow(3), alpha=config.c3)
+        I.abs_()
+        self._sum[name] = self._sum[name].add_(I) if name in self._sum else I
+        found = torch.stack([*terms, torch.ones_like(terms[0])])
+        self._terms[name] = self._terms[name] + found if name in self._terms else found
+        return g
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The sums so far."""
+        return {**{f"sum:{n}": I for n, I in self._sum.items()}, **{f"terms:{n}": t for n, t in self._terms.items()}}
 
     def _general(self, name: str, device: torch.device) -> torch.Tensor:
         return self._survey[f"general:{name}"].to(device)
@@ -189,8 +217,9 @@ class Important:
         out: dict[str, torch.Tensor] = {}
         for name, W in self._weights.items():
             score = self._sum.pop(name, None)
-            terms = self._terms.get(name, torch.zeros(4, dtype=torch.float64)) / max(1, self._steps.get(name, 0)) / W.numel()
-            out[f"terms:{name}"] = torch.cat([terms.cpu(), W.float().abs().pow(3).mean(dtype=torch.float64).view(1).cpu()])
+            sums = self._terms.get(name, torch.zeros(5, dtype=torch.float64))
+            terms = sums[:4] / sums[4].clamp(min=1) / W.numel()
+            out[f"terms:{name}"] = terms = torch.cat([terms.cpu(), W.float().abs().pow(3).mean(dtype=torch.float64).view(1).cpu()])
             if not float(terms[0]):  # no gradient: an expert that saw no token, or a loss that it does not reach
                 out[f"unseen:{name}"] = torch.ones(1)
                 score = self._general(name, W.device) if surveys(config) else W.float().square()
@@ -211,6 +240,16 @@ class Important:
 def reducer(block: Block, config: Config) -> Reducer | None:
     """What the reverse walk over the domain's text keeps of a block: its scores."""
     return Important(block, config)
+
+
+def training(config: Config) -> Schedule | None:
+    """How the model is trained on the domain's text meanwhile, in mode train."""
+    return Schedule(config.epochs, config.batch, config.lr, config.warmup, config.clip) if config.mode == "train" else None
+
+
+def learner(block: Block, config: Config, state: Mapping[str, torch.Tensor]) -> Learner:
+    """The same, of the training: `block.weights` are those of the step, `state` the sums of the steps before."""
+    return Important(block, config, state)
 
 
 # -- step 3: what goes -----------------------------------------------------------------------------------------------------

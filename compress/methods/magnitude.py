@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from compress.methods import _sparsity
-from compress.methods._sparsity import settle, surveys
+from compress.methods._sparsity import settle, spool, surveys
 from compress.types import Block, Collect, Result, Runner
 
 VERB = "prune"
 CALIBRATED = False
-__all__ = ["CALIBRATED", "VERB", "Config", "collects", "compress", "observes", "settle", "survey", "surveys"]
+__all__ = ["CALIBRATED", "VERB", "Config", "collects", "compress", "observes", "settle", "spool", "survey", "surveys"]
 
 
 @dataclass(frozen=True, slots=True)

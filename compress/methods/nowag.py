@@ -17,13 +17,13 @@ import torch
 from compress.methods import _sparsity
 from compress.methods._inputs import per_input
 from compress.methods._masks import normalise
-from compress.methods._sparsity import settle, surveys
+from compress.methods._sparsity import settle, spool, surveys
 from compress.stats import InputStats
 from compress.types import Block, Collect, Result, Runner, Stat
 
 VERB = "prune"
 CALIBRATED = True
-__all__ = ["CALIBRATED", "VERB", "Config", "collects", "compress", "settle", "survey", "survey_collects", "surveys"]
+__all__ = ["CALIBRATED", "VERB", "Config", "collects", "compress", "settle", "spool", "survey", "survey_collects", "surveys"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,10 @@
 Blocks in order, each calibrated on the pruned blocks before it (IST-DASLab/sparsegpt `llama.py`); with `sequential`, there
 `--true-sequential`, also each group of linears on the pruned groups before it. Solver: `_sparse_solver`. A Hessian that is not
 positive definite is damped step by step, and the manifest says how much; there is no silent identity.
+
+`importance` gradient is ours. It weighs the error of output o by d_o, the mean of (dL/dy_o)² over the calibration text, a Kronecker
+factor of the loss's Fisher information: minimise sum_o d_o (W - W_hat)_o H (W - W_hat)_oᵀ. A row's own solution stays what it is,
+but rows compete by what the loss minds, and with `scope` model so do all linears, under one threshold.
 """
 
 from __future__ import annotations
@@ -15,30 +19,51 @@ from typing import Any
 
 import torch
 
-from compress.errors import CompressError
+from compress.errors import CompressError, nearest
 from compress.methods import _sparse_solver, _sparsity
 from compress.methods._inputs import stages
 from compress.methods._second_order import collects
+from compress.methods._sparsity import settle, surveys
 from compress.stats import InputStats
-from compress.types import Block, Packed, Result, Runner
+from compress.types import Block, Packed, Reducer, Result, Runner
 
 VERB = "prune"
 CALIBRATED = True
-__all__ = ["CALIBRATED", "VERB", "Config", "collects", "compress", "stages", "workspace"]
+__all__ = [
+    "CALIBRATED", "VERB", "Config", "collects", "compress", "reducer", "settle", "spool", "stages", "survey", "survey_collects",
+    "surveys", "workspace",
+]  # fmt: skip
+survey_collects = collects
+IMPORTANCES = ("none", "gradient")
+_LEAST = 1e-3  # of a linear's mean d: an output that this text's loss never reached is not free
 
 
 @dataclass(frozen=True, slots=True)
 class Config(_sparsity.Sparse):
     """Options of SparseGPT."""
 
-    scope: str = field(default="matrix", metadata={"help": "where the share is counted: row, or matrix, in blocks of 128 columns"})
+    scope: str = field(default="matrix", metadata={"help": "where the share is counted: row, matrix, model (needs gradients)"})
+    importance: str = field(default="none", metadata={"help": "gradient: errors of an output weigh as the loss minds it; none"})
+    samples: int = field(default=64, metadata={"help": "calibration windows, the first ones, that gradients are taken from"})
     damp: float = field(default=0.01, metadata={"help": "share of the mean diagonal added to the Hessian"})
     sequential: bool = field(default=True, metadata={"help": "collect again after every group of linears (qkv, o, gate/up, down)"})
     propagate: bool = field(default=True, metadata={"help": "calibrate each block on the pruned blocks before it"})
 
     def __post_init__(self) -> None:
+        if self.quality and self.scope == "matrix" and not self.pattern:
+            object.__setattr__(self, "importance", "gradient")
+            object.__setattr__(self, "scope", "model")
         _sparsity.Sparse.__post_init__(self)
-        _sparsity.check_scope(self.scope, self.pattern, ("row", "matrix"))
+        _sparsity.check_scope(self.scope, self.pattern)
+        if self.importance not in IMPORTANCES:
+            hint = nearest(self.importance, list(IMPORTANCES))
+            raise CompressError(f"--importance {self.importance!r} is unknown", hint=hint, usage=True)
+        if self.importance == "none" and self.scope == "model":
+            raise CompressError("--scope model compares linears by the loss", hint="add --importance gradient", usage=True)
+        if self.importance == "gradient" and (self.scope == "row" or self.pattern):
+            raise CompressError("--importance gradient weighs rows against each other", hint="--scope matrix or model", usage=True)
+        if self.samples < 1:
+            raise CompressError(f"--samples {self.samples} is not a number of windows", hint="use 1 or more", usage=True)
         _sparsity.check_walk(self.sequential, self.propagate)
         if not 0 <= self.damp <= 10:
             raise CompressError("--damp must be in 0..10", hint="0.01 is usual", usage=True)
@@ -47,6 +72,53 @@ class Config(_sparsity.Sparse):
 def workspace(block: Block, config: Config) -> int:
     """Bytes that `compress` needs for its largest linear: copies of the Hessian and of the weights."""
     return 4 * max(3 * W.shape[1] ** 2 + 6 * W.numel() for W in block.weights.values())
+
+
+def spool(config: Config, weights: int, linears: int) -> int:
+    """Bytes that the survey keeps on disk: every weight's saliency, and the histograms."""
+    return (4 * weights if surveys(config) else 0) + _sparsity.spool(config, weights, linears)
+
+
+def survey(
+    block: Block, stats: Mapping[str, InputStats], config: Config, dtype: torch.dtype
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Saliency (O, I) fp32 of every weight of the dense model, for scope model."""
+    kept = {}
+    for names, factor in _sparse_solver.factors(block, stats, config.damp):
+        for name in names:
+            W = block.weights[name].float().masked_fill(factor.dead, 0.0)
+            kept[f"saliency:{name}"] = W.div_(factor.U.diagonal()).square_()
+    return kept, {}
+
+
+class Minded:
+    """`types.Reducer`: how much the loss minds every output, d (O,), and in scope model the histograms of d times saliency."""
+
+    def __init__(self, block: Block, config: Config) -> None:
+        self._block, self._config = block, config
+        self._sum: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, x: torch.Tensor, dy: torch.Tensor) -> None:
+        d = dy.float().square().sum(0)
+        self._sum[name] = self._sum[name].add_(d) if name in self._sum else d
+
+    def result(self) -> dict[str, torch.Tensor]:
+        found = {n: d for n, d in self._sum.items() if bool(d.any())}
+        usual = torch.stack([d.mean() for d in found.values()]).mean() if found else torch.ones(())
+        out = {}
+        for name, W in self._block.weights.items():
+            d = found.get(name, usual.expand(W.shape[0]))  # no gradient: an expert that saw no token
+            d = d.clamp(min=_LEAST * float(d.mean()))
+            out[f"minded:{name}"] = d.clone()
+            if self._config.scope == "model":
+                score = self._block.survey[f"saliency:{name}"].to(d.device) * d.unsqueeze(1)
+                out[f"{_sparsity.HISTOGRAM}{name}"] = _sparsity.histogram(score).cpu()
+        return out
+
+
+def reducer(block: Block, config: Config) -> Reducer | None:
+    """What the reverse walk keeps, with importance gradient."""
+    return Minded(block, config) if config.importance == "gradient" else None
 
 
 def compress(
@@ -59,7 +131,12 @@ def compress(
     for names, factor in _sparse_solver.factors(block, stats, config.damp):
         for name in names:
             W = block.weights[name].float()
-            done = _sparse_solver.sparsify(W, factor, share=config.share, nm=config.nm, scope=config.scope)
+            minded = block.gradient.get(f"minded:{name}")
+            done = _sparse_solver.sparsify(
+                W, factor, share=config.share, nm=config.nm, scope=config.scope,
+                outputs=None if minded is None else minded.to(W.device),
+                gone=W.numel() - int(block.params[name]["nnz"]) if config.scope == "model" else None,
+            )  # fmt: skip
             packed[name], errors[name] = _sparsity.pack(W, done.W, done.mask, config, scale_dtype, name)
             facts = {"damp": float(f"{factor.damp:.6g}"), "dead": int(factor.dead.sum()), "loss": float(f"{done.loss:.6g}")}
             record.append({"linears": [name], **facts})

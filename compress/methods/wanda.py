@@ -14,14 +14,15 @@ import torch
 
 from compress.methods import _sparsity
 from compress.methods._inputs import per_input, stages
-from compress.methods._sparsity import settle, surveys
+from compress.methods._sparsity import settle, spool, surveys
 from compress.stats import InputStats
 from compress.types import Block, Collect, Result, Runner, Stat
 
 VERB = "prune"
 CALIBRATED = True
 __all__ = [
-    "CALIBRATED", "VERB", "Config", "collects", "compress", "settle", "stages", "survey", "survey_collects", "surveys",
+    "CALIBRATED", "VERB", "Config", "collects", "compress", "settle", "spool", "stages", "survey", "survey_collects",
+    "surveys",
 ]  # fmt: skip
 
 

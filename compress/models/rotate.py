@@ -165,6 +165,12 @@ class RotatedView(CheckpointView):
         tensor = super().read_rows(name, rows)
         return self._apply(name, tensor) if name in self._steps else tensor
 
+    def read_slice(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of a reader; a writer's rows mix."""
+        tensor = super().read_slice(name, start, stop)
+        assert self._R1 is None or self._R1.left not in self._steps.get(name, ()), f"{name}: its rows mix"
+        return self._apply(name, tensor) if name in self._steps else tensor
+
     def chunks(self, name: str) -> Iterator[torch.Tensor]:
         """Flat pieces of whole rows, each rotated by itself; a writer's rows mix, so it is one piece."""
         if name not in self._steps:

@@ -6,13 +6,16 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
+from compress.checkpoint import dtypes
 from compress.checkpoint.dtypes import finite
+from compress.checkpoint.mapped import Place, Places
 from compress.checkpoint.reader import CheckpointReader
 from compress.checkpoint.unpacked import UnpackedReader
 from compress.errors import CompressError
 from compress.models import auto
-from compress.types import Sparsity, Wrappers
+from compress.types import Sparsity, TensorSpec, Wrappers
 
 if TYPE_CHECKING:
     from compress.models.skeleton import Skeleton
@@ -104,3 +107,34 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
     """Stop at NaN or Inf with the tensor's name."""
     if not finite(tensor):
         raise CompressError(f"{name}: holds NaN or Inf", hint="the checkpoint is damaged or its training diverged: get a good copy")
+
+
+class StoredTensors:
+    """An artifact's tensors under the names that the model gives them, however the folder spells them."""
+
+    def __init__(self, model: nn.Module, reader: CheckpointReader) -> None:
+        self._reader = reader
+        self._places = Places(reader)
+        self._stored = {name: stored for stored, name in auto.spelling(model, reader.names).items()}
+        self.names = self._stored.keys()
+
+    def spec(self, name: str) -> TensorSpec:
+        return self._reader.dtype(self._stored[name]), self._reader.shape(self._stored[name])
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._reader.read(self._stored[name])
+
+    def place(self, name: str) -> Place | None:
+        """Where a tensor lies, if it can be put aside."""
+        return self._places(self._stored[name])
+
+    def read_as(self, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A dense tensor in another dtype or on another device, in pieces, so that it is never there twice."""
+        stored = self._reader.entry(self._stored[name])
+        if dtypes.TORCH[stored.dtype] == dtype and device.type == "cpu":
+            return self.read(name)
+        out, done = torch.empty(stored.shape, dtype=dtype, device=device), 0
+        for piece in self._reader.chunks(self._stored[name]):
+            out.view(-1)[done : done + len(piece)] = piece.to(device)
+            done += len(piece)
+        return out

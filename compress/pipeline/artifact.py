@@ -23,7 +23,7 @@ COUNTED = frozenset({"nnz", "outliers", "second_level"})
 
 def quantization_config(layout: Layout, skeleton: Skeleton) -> dict[str, Any] | None:
     """The `quantization_config` of config.json for a layout; None for dense weights."""
-    untouched = [n for n in skeleton.all_linears() if n not in layout.targets]
+    untouched = [n for n in skeleton.all_linears() if n not in layout.targets and n not in layout.heads]
     params = next(iter(layout.targets.values())).params
     if layout.name == DENSE:
         return None
@@ -33,12 +33,17 @@ def quantization_config(layout: Layout, skeleton: Skeleton) -> dict[str, Any] | 
             "version": "gemm", "modules_to_not_convert": untouched,
         }  # fmt: skip
     alike = _alike(layout)
-    groups = {f"group_{i}": _group(layout, same, ["Linear"] if len(alike) == 1 else None) for i, same in enumerate(alike)}
+    several = sum(same[0].name != layout.embedding for same in alike) > 1  # an embedding is no Linear: its target is its name
+    groups = {
+        f"group_{i}": _group(layout, same, None if several or same[0].name == layout.embedding else ["Linear"])
+        for i, same in enumerate(alike)
+    }
     out: dict[str, Any] = {
         "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
         "global_compression_ratio": None, "kv_cache_scheme": None, "ignore": untouched, "config_groups": groups,
     }  # fmt: skip
-    if not params.get("symmetric", True):  # compressed-tensors 0.20 cannot keep packed zero-points: it must dequantize at load
+    # compressed-tensors 0.20 cannot keep packed zero-points, nor transformers 5.24 a packed embedding: they dequantize at load
+    if not params.get("symmetric", True) or layout.embedding is not None:
         out["dequantize"] = True
     return out
 
@@ -50,10 +55,10 @@ def _shared(target: Target) -> dict[str, Any]:
 
 
 def _alike(layout: Layout) -> list[list[Target]]:
-    """Linears of one kind and equal params, by width."""
-    found: dict[tuple[int, str], list[Target]] = {}
-    for target in layout.targets.values():
-        key = target.params.get("bits", 16), json.dumps([target.kind, _shared(target)])
+    """Linears of one kind and equal params, by width; the head is one of them, the embedding comes last, by itself."""
+    found: dict[tuple[bool, int, str], list[Target]] = {}
+    for target in (*layout.targets.values(), *layout.heads.values()):
+        key = target.name == layout.embedding, target.params.get("bits", 16), json.dumps([target.kind, _shared(target)])
         found.setdefault(key, []).append(target)
     return [found[key] for key in sorted(found)]
 
@@ -98,6 +103,8 @@ def words(layout: Layout) -> str:
             "/".join(str(b) for b in sorted({p["bits"] for p in params})) + " bits",
             "symmetric" if params[0]["symmetric"] else "asymmetric", "one group per row" if size == -1 else f"groups of {size}",
         ]  # fmt: skip
+    what = "head" if layout.embedding is None else "embedding and head"
+    out += [f"{what} {t.params['bits']} bits" for t in list(layout.heads.values())[:1]]
     return ", ".join(out)
 
 

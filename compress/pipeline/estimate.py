@@ -75,9 +75,13 @@ def _packed(name: str, layout: Layout) -> bool:
 
 
 def reverse_bytes(
-    skeleton: Skeleton, view: CheckpointView, reducers: int, samples: int, seqlen: int, dtype: torch.dtype, states: str
+    skeleton: Skeleton, view: CheckpointView, reducers: int, samples: int, seqlen: int, dtype: torch.dtype, states: str,
+    trains: bool = False,
 ) -> int:  # fmt: skip
-    """Peak of a reverse walk: a block in the compute dtype, its activations and gradients, scores, and every block's inputs."""
+    """Peak of a reverse walk: a block in the compute dtype, its activations and gradients, scores, and every block's inputs.
+
+    With `trains` also the trained weights and the gradients, in fp32, and the file that holds them.
+    """
     blocks = range(len(skeleton.blocks))
     elements, stored, largest = max((_block_bytes(skeleton, view, i) for i in blocks), key=lambda t: t[0])
     config = skeleton.config.get_text_config()
@@ -86,7 +90,7 @@ def reverse_bytes(
     width = config.hidden_size
     disk = on_disk(states, samples * seqlen * (len(blocks) + 1) // 3, width, dtype)
     kept = 0 if disk else samples * seqlen * width * dtype.itemsize * (len(blocks) + 3)
-    scores = reducers * 8 * elements + 12 * largest
+    scores = reducers * 8 * elements + 12 * largest + (20 * elements if trains else 0)
     head = 4 * min(8192, config.vocab_size) * (width + 2 * 2048) + 24 * min(samples * seqlen, 4096) * width
     return rss() + max(stored + elements * dtype.itemsize + activations + scores, head) + kept
 

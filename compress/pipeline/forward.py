@@ -19,7 +19,7 @@ from compress.checkpoint.writer import CheckpointWriter
 from compress.errors import CompressError
 from compress.methods._pack import relative_error
 from compress.models.view import check_finite
-from compress.pipeline import memory
+from compress.pipeline import heads, memory
 from compress.pipeline.blocks import Tensors
 from compress.pipeline.layout import dense
 from compress.pipeline.observe import Tokens
@@ -220,11 +220,15 @@ class Forward(BlockWalk):
         return out
 
     def _rest(self) -> None:
-        """Copy everything that is in no block, piece by piece."""
+        """Copy everything that is in no block, piece by piece; embedding and head are rounded where that was asked for."""
         walk = self.walk
         prefixes = tuple(walk.skeleton.prefix(i) for i in range(len(walk.skeleton.blocks)))
         for name in walk.view.names:
             if name.startswith(prefixes):
+                continue
+            head = walk.layout.heads.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+            if head is not None:
+                self.work.state["heads"][head.name] = heads.write(walk.view, self.writer, head, walk.device)
                 continue
             start = 0
             for piece in walk.view.chunks(name):

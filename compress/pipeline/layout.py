@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from compress import registry
 from compress.checkpoint import dtypes
 from compress.checkpoint.writer import Planned
 from compress.errors import CompressError, nearest
-from compress.formats import armor, int_grouped, sparse24_int
+from compress.formats import armor, bitmask, int_grouped, sparse24, sparse24_int
 from compress.models.skeleton import Skeleton
 from compress.models.view import CheckpointView
 from compress.types import Packed, Sparsity, Wrappers
@@ -22,6 +23,9 @@ from compress.types import Packed, Sparsity, Wrappers
 logger = logging.getLogger(__name__)
 Choices = Mapping[str, Mapping[str, Any]]  # full name of a linear -> format params that replace the config's
 QUANTIZED, SPARSE, FACTORS, AWQ, DENSE = "pack-quantized", "sparse", "factors", "awq", "dense"
+HEAD_BITS = (8, 4)
+HeadChoice = tuple[int, bool]  # bits of the head, and whether an untied embedding stays as it is
+EXACT = (sparse24.KIND, bitmask.KIND, armor.KIND)  # kinds that hold fp32 values, too, while they are on the way to dense weights
 # of a verb, its own first
 LAYOUTS = {"quantize": (QUANTIZED, AWQ, DENSE), "prune": (SPARSE, DENSE), "factorize": (FACTORS, DENSE)}
 
@@ -50,11 +54,15 @@ class Layout:
     cast: str | None  # dtype that every other float tensor is cast to
     wrappers: Callable[[str], Wrappers]  # of linears whose kind is armor and whose method packs the core
     left: tuple[str, ...] = ()  # linears that stay dense because a stock loader could not read them
+    heads: Mapping[str, Target] = field(default_factory=dict)  # embedding and head, where they are rounded (`_heads`)
+    embedding: str | None = None  # which of them is the embedding
 
     @property
     def scale_dtype(self) -> torch.dtype:
         """The dtype that scales, or the values that stay, are stored in; all targets have one."""
         dtype = next(iter(self.targets.values())).dtype
+        if self.name == DENSE and self.packs in EXACT:
+            return dtypes.TORCH[dtype]
         module = registry.by_kind(self.packs)
         own: str = module.value_dtype(dtype) if hasattr(module, "value_dtype") else dtype
         return torch.float16 if self.name == AWQ else dtypes.TORCH[own]
@@ -111,11 +119,12 @@ def matcher(patterns: tuple[str, ...], option: str = "--ignore") -> Callable[[st
 
 def make(
     skeleton: Skeleton, view: CheckpointView, config: Any, layout: str, ignore: tuple[str, ...], choices: Choices | None = None,
-    mixed: bool = False,
+    mixed: bool = False, head: HeadChoice | None = None,
 ) -> Layout:  # fmt: skip
     """Plan an artifact from headers alone. Refuses linears that the method's config cannot hold.
 
-    `choices` replaces format params of some linears, by full name; `mixed` says that they may change widths.
+    `choices` replaces format params of some linears, by full name; `mixed` says that they may change widths. `head` rounds
+    the head, and the embedding.
     """
     packs = getattr(config, "kind", int_grouped.KIND)
     if layout == AWQ and packs != int_grouped.KIND:
@@ -129,10 +138,12 @@ def make(
     conv1d = any(t.transposed for t in targets.values())
     if layout == AWQ and conv1d:
         raise CompressError("--format awq cannot hold transposed Conv1D layers (GPT-2)", hint="use the default format", usage=True)
+    heads, embedding = ({}, None) if head is None else _heads(skeleton, view, config, layout, head)
     cast = "F16" if layout == AWQ else None
     plan: list[Planned] = []
+    every = {**targets, **heads}
     for name in view.names:
-        target = targets.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        target = every.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         dtype = view.dtype(name)
         if target is None:
             plan.append(Planned(name, cast if cast and dtype in dtypes.FLOATS else dtype, view.shape(name)))
@@ -142,8 +153,47 @@ def make(
             spec = registry.by_kind(target.kind).spec(target.params, target.shape, dtype)
             plan += [Planned(f"{target.name}.{suffix}", d, shape) for suffix, (d, shape) in spec.items()]
     own = any(t.kind not in (int_grouped.KIND, "awq", "dense") for t in targets.values())
-    guarded = own or (layout == QUANTIZED and (conv1d or _mixed(targets)))
-    return Layout(layout, packs, targets, tuple(plan), guarded, cast, view.wrappers, tuple(left))
+    tied = embedding is not None and len(heads) == 1
+    guarded = own or (layout == QUANTIZED and (conv1d or tied or _mixed(every, embedding is not None)))
+    return Layout(layout, packs, targets, tuple(plan), guarded, cast, view.wrappers, tuple(left), heads, embedding)
+
+
+def _heads(
+    skeleton: Skeleton, view: CheckpointView, config: Any, layout: str, head: HeadChoice
+) -> tuple[dict[str, Target], str | None]:  # fmt: skip
+    """Embedding, then head, as targets, by the modules under whose names their weights lie, one where they are tied; the embedding.
+
+    Groups are the linears'; those below 32 would cost more in scales than they gain here. Where stock loaders can read the artifact
+    symmetry is theirs too; else it is what loses least (docs/log.md): 8 bits symmetric, 4 bits not.
+    """
+    bits, only = head
+    if bits not in HEAD_BITS:
+        raise CompressError(f"--lm-head-bits {bits} is not supported", hint="use 8 or 4", usage=True)
+    if layout == AWQ:
+        raise CompressError("--format awq keeps the head dense", hint=f"use --format {QUANTIZED}, or no --lm-head-bits", usage=True)
+    model, names = skeleton.model, {id(m): n for n, m in skeleton.model.named_modules()}
+    table, last = (names.get(id(m), "") for m in (model.get_input_embeddings(), model.get_output_embeddings()))
+    pair = (table, nn.Embedding), (last, nn.Linear)
+    if not all(name and isinstance(model.get_submodule(name), kind) for name, kind in pair):
+        what = f"model family {skeleton.config.model_type!r} has no ordinary embedding and head"
+        raise CompressError(f"--lm-head-bits: {what}", hint="leave it out", usage=True)
+    tied = f"{last}.weight" not in view.names
+    if tied and only:
+        raise CompressError("--lm-head-only: embedding and head are one tensor here", hint="leave it out", usage=True)
+    size = int(getattr(config, "group_size", getattr(config, "then_group_size", -1)))
+    theirs = bool(getattr(config, "symmetric", True))
+    alike = bits == getattr(config, "bits", None) and not 0 < size < 32
+    portable = getattr(config, "kind", int_grouped.KIND) == int_grouped.KIND and not tied and (alike or (only and theirs))
+    found: dict[str, Target] = {}
+    for name in (*(() if only else (table,)), *(() if tied else (last,))):
+        shape, dtype = view.shape(f"{name}.weight"), view.dtype(f"{name}.weight")
+        group = 32 if 0 < size < 32 and shape[1] % 32 == 0 else size
+        if dtype not in ("F32", "F16", "BF16") or (group != -1 and shape[1] % group):
+            why = f"its {shape[1]} columns ({dtype}) cannot be rounded in groups of {group}"
+            raise CompressError(f"--lm-head-bits: {name}: {why}", hint="use --group-size -1, or leave it out", usage=True)
+        params = {"bits": bits, "group_size": group, "symmetric": theirs if portable else bits == 8}
+        found[name] = Target(name, (shape[0], shape[1]), False, dtype, params, DENSE if layout == DENSE else int_grouped.KIND)
+    return found, None if only else table
 
 
 def _kind(layout: str, packs: str, source: Sparsity | None) -> tuple[str, dict[str, Any]]:
@@ -159,13 +209,14 @@ def _kind(layout: str, packs: str, source: Sparsity | None) -> tuple[str, dict[s
     return packs, {}
 
 
-def _mixed(targets: Mapping[str, Target]) -> bool:
-    """Whether stock transformers would read linears of several widths with one of them, without an error.
+def _mixed(targets: Mapping[str, Target], embedding: bool) -> bool:
+    """Whether stock transformers would read weights of several widths or groups with those of one, without an error.
 
-    Asymmetric ones it dequantizes at load, by one group of the config (5.24, `integrations/compressed_tensors.py:
-    get_dense_scheme`).
+    Asymmetric ones, and all where an embedding is among them, it dequantizes at load, by one group of the config (5.24,
+    `integrations/compressed_tensors.py: get_dense_scheme`).
     """
-    return len({t.params["bits"] for t in targets.values()}) > 1 and not all(t.params["symmetric"] for t in targets.values())
+    several = len({(t.params["bits"], t.params["group_size"]) for t in targets.values()}) > 1
+    return several and (embedding or not all(t.params["symmetric"] for t in targets.values()))
 
 
 def _unreadable(target: Target, mixed: bool) -> bool:

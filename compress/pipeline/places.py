@@ -56,14 +56,19 @@ def already_done(out: Path, mark: str, restart: bool, replace: bool) -> bool:
     return True
 
 
-def check_space(work: WorkDir, shards: list[Shard]) -> None:
-    """Refuse to start what cannot be finished: hours are cheaper before than after."""
-    need = sum(s.size for s in shards)
-    have = sum(p.stat().st_blocks * 512 for p in work.artifact.iterdir() if p.is_file())
+def check_space(work: WorkDir, shards: list[Shard], spooled: int = 0) -> None:
+    """Refuse to start what cannot be finished: hours are cheaper before than after.
+
+    `spooled` is what walks will keep beside the artifact until the run is over; what lies in the folder already counts.
+    """
+    need = sum(s.size for s in shards) + spooled
+    folders = (work.artifact, work.path / "survey", work.path / "reverse")
+    have = sum(p.stat().st_blocks * 512 for folder in folders for p in folder.rglob("*") if p.is_file())
     free = shutil.disk_usage(work.path).free
     if need - have > free:
+        beside = f", {spooled / 1e9:.2f} GB of it only for the time of the run" if spooled else ""
         raise CompressError(
-            f"{work.path}: the artifact needs {(need - have) / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free",
+            f"{work.path}: the artifact needs {(need - have) / 1e9:.2f} GB{beside}, the disk has {free / 1e9:.2f} GB free",
             hint="free some space, or choose an -o on another disk",
         )
 

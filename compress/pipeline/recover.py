@@ -40,8 +40,11 @@ class Recovery:
     ) -> tuple[dict[str, Tensors], dict[str, Any]]:
         """The best parts of every linear, and the losses for the manifest. `lr` is a share of each part's root mean square."""
         parts = {n: {k: t.to(self.device, torch.float32, copy=True) for k, t in one.parts.items()} for n, one in linears.items()}
-        leaves = [t.requires_grad_() for one in parts.values() for t in one.values()]
-        groups = [{"params": [t], "lr": lr * float(t.detach().square().mean().sqrt().clamp(min=1e-8))} for t in leaves]
+        groups = []
+        for n, one in parts.items():
+            for k, t in one.items():
+                step = lr * linears[n].steps.get(k, 1.0) * float(t.square().mean().sqrt().clamp(min=1e-8))
+                groups += [{"params": [t.requires_grad_()], "lr": step}] if step else []
         optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
         held = [b for b in range(len(self.inputs)) if b % _HELD == _HELD - 1]
         used = [b for b in range(len(self.inputs)) if b not in held]

@@ -34,23 +34,60 @@ def fingerprint(parts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-class WorkDir:
-    """One job's folder, locked while this object lives."""
+class Lock:
+    """A work folder, made if need be, that no other run can take meanwhile."""
 
-    def __init__(self, path: Path, job: str, restart: bool) -> None:
-        self.path, self.job = path, job
-        self.artifact = path / "artifact"
+    def __init__(self, path: Path) -> None:
+        self.path, self.fd = path, -1
         ours = (path / "lock").exists() or not path.exists() or (path.is_dir() and not any(path.iterdir()))
         if not ours:
             raise CompressError(f"{path}: exists and is not a work folder of compress", hint="choose another --work-dir or -o")
-        with disk_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            raise CompressError(f"{path}: another run is working here", hint="wait for it, or choose another -o") from error
+        while self.fd < 0:
+            with disk_errors(path):
+                path.mkdir(parents=True, exist_ok=True)
+                fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(fd)
+                raise CompressError(f"{path}: another run is working here", hint="wait for it, or choose another -o") from error
+            if _is(path / "lock", fd):
+                self.fd = fd
+            else:  # the run that had it removed the file meanwhile
+                os.close(fd)
+
+    def give(self) -> int:
+        """The descriptor, which from now on is the caller's to close."""
+        fd, self.fd = self.fd, -1
+        return fd
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Release it, unless it was given away; a folder that holds nothing else goes."""
+        if self.fd >= 0:
+            if [p.name for p in self.path.iterdir()] == ["lock"]:
+                (self.path / "lock").unlink()
+                self.path.rmdir()
+            os.close(self.give())
+
+
+def _is(path: Path, fd: int) -> bool:
+    """Whether the file at `path` is the one that is open as `fd`."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+class WorkDir:
+    """One job's folder, locked while this object lives; `lock` where it is locked already, which is then this object's."""
+
+    def __init__(self, path: Path, job: str, restart: bool, lock: Lock | None = None) -> None:
+        self.path, self.job = path, job
+        self.artifact = path / "artifact"
+        self._lock = (lock or Lock(path)).give()
         known = job_of(path)
         if known not in (None, job) and not restart:
             self.close()
@@ -63,7 +100,7 @@ class WorkDir:
                 self.artifact.mkdir()
             write_json(path / "job.json", {"job": job, "replace": restart})
         self.state: dict[str, Any] = read_json(path / "progress.json") if (path / "progress.json").exists() else {}
-        self.state = {"done": 0, "linears": {}, "search": [], **self.state}
+        self.state = {"done": 0, "linears": {}, "heads": {}, "search": [], **self.state}
 
     def _clear(self) -> None:
         for name in ("job.json", "progress.json", "report.jsonl"):  # job.json first: without it nothing is resumed
@@ -88,8 +125,11 @@ class WorkDir:
         with disk_errors(self.path / "report.jsonl"), (self.path / "report.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def publish(self, out: Path, keep: bool, replace: bool) -> None:
-        """Rename the artifact to `out`; remove the work folder unless `keep`. Only with `replace` may `out` hold something."""
+    def publish(self, out: Path, keep: bool, replace: bool, then: Callable[[], None] = lambda: None) -> None:
+        """Rename the artifact to `out`, call `then`, and remove the work folder unless `keep`.
+
+        Only with `replace` may `out` hold something.
+        """
         if out.is_dir() and any(out.iterdir()) and not replace:
             raise CompressError(f"{out}: appeared while the work was going on", hint="move it away and run the same command again")
         with disk_errors(out):
@@ -99,6 +139,7 @@ class WorkDir:
                 os.replace(out, old)
             os.replace(self.artifact, out)
             fsync_folder(out.absolute().parent)
+        then()
         if keep:
             for name in ("replaced", "reverse", "survey"):
                 shutil.rmtree(self.path / name, ignore_errors=True)

@@ -70,7 +70,7 @@ class Reverse:
             return
         head = Head(self.blocks.skeleton, self.blocks.view, self.blocks.dtype)
         inputs = self._forward()
-        upstream = self._head(head, inputs[-1])
+        upstream = at_head(self.blocks, self.tokens, self.states, head, inputs[-1])
         last, began = missing[-1], time.monotonic()  # results below it are made again, to the same bytes
         if last + 1 < len(self.blocks):
             logger.info("resuming the reverse walk at block %d of %d", last + 1, len(self.blocks))
@@ -95,26 +95,11 @@ class Reverse:
             kept.append(Store(self.states))
             for n in range(len(self.tokens)):
                 out = blocks.skeleton.run(index, params, kept[index][n].to(blocks.device))
-                _finite(out, f"block {index}: its output")
+                finite(out, f"block {index}: its output")
                 kept[-1].append(out)
             del params
             memory.trim()
         return kept
-
-    def _head(self, head: Head, hidden: Store) -> Store:
-        """dL/dhidden of every sample."""
-        at_once = max(1, _HEAD_TOKENS // self.tokens.shape[1])
-        out = Store(self.states)
-        for start in range(0, len(self.tokens), at_once):
-            samples = range(start, min(start + at_once, len(self.tokens)))
-            x = torch.cat([hidden[n] for n in samples]).to(self.blocks.device)
-            loss, gradient = head.gradient(x, self.tokens[start : samples.stop])
-            _finite(loss, "the loss")
-            _finite(gradient, "the loss's gradient")
-            for one in gradient.split(1):
-                out.append(one)
-        hidden.close()
-        return out
 
     def _block(self, index: int, inputs: Store, upstream: Store, collect: bool) -> Store:
         """dL/dinput of a block for every sample; with `collect`, its reducers' results are written."""
@@ -131,7 +116,7 @@ class Reverse:
             for name, pair in seen.items():
                 for reducer in reducers:
                     reducer.add(name, *pair)
-            _finite(dx, f"block {index}: the gradient of its input")
+            finite(dx, f"block {index}: the gradient of its input")
             out.append(dx)
         upstream.close()
         if collect:
@@ -169,7 +154,23 @@ class Reverse:
         return dx, seen
 
 
-def _finite(tensor: torch.Tensor, what: str) -> None:
+def at_head(blocks: Blocks, tokens: torch.Tensor, states: Path | None, head: Head, hidden: Store) -> Store:
+    """dL/dhidden of every sample of `tokens` (N, T); closes `hidden`."""
+    at_once = max(1, _HEAD_TOKENS // tokens.shape[1])
+    out = Store(states)
+    for start in range(0, len(tokens), at_once):
+        samples = range(start, min(start + at_once, len(tokens)))
+        x = torch.cat([hidden[n] for n in samples]).to(blocks.device)
+        loss, gradient = head.gradient(x, tokens[start : samples.stop])
+        finite(loss, "the loss")
+        finite(gradient, "the loss's gradient")
+        for one in gradient.split(1):
+            out.append(one)
+    hidden.close()
+    return out
+
+
+def finite(tensor: torch.Tensor, what: str) -> None:
     if not dtypes.finite(tensor):
         raise CompressError(
             f"{what} holds NaN or Inf on the calibration text",

@@ -7,6 +7,7 @@ import os
 BACKENDS = {
     "cpu": "the C++ kernels of this package",
     "cpu-exact": "the same, with activations kept as they are",
+    "triton": "the GPU kernels of this package",
     "int4pack": "torch's CPU kernel for 4 bits",
     "dense": "weights decoded once and held dense",
     "tiled": "tiles decoded on every call, in torch",

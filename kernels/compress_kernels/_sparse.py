@@ -19,14 +19,14 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from compress_kernels import backend
+from compress_kernels import backend, dispatch
 from compress_kernels import bits as bitpack
 from compress_kernels.int_grouped import tiled as int_grouped
 from compress_kernels.native import masked
 
 logger = logging.getLogger(__name__)
 
-CPU, DENSE, TILED = "cpu", "dense", "tiled"
+CPU, DENSE, TILED = PATHS = "cpu", "dense", "tiled"
 EXACT = "exact results were asked for"
 LARGEST = 64  # the largest M
 _PIECE = 1 << 20  # columns of a mask that are looked at together, 8 bytes each
@@ -133,7 +133,7 @@ def refuse(problems: list[str], shape: tuple[int, int]) -> None:
 
 @functools.cache
 def _say_once(kind: str, path: str, why: str) -> None:
-    held = "weights are held dense in memory beside the packed ones" if path == DENSE else "weights are decoded on each call"
+    held = "weights are held dense in memory" if path == DENSE else "weights are decoded on each call"
     logger.info("%s: the %s path runs, %s, not cpu: %s", kind, path, held, why)
 
 
@@ -148,10 +148,15 @@ class Prepared:
     sizes: tuple[int, ...] = ()  # and its numbers after the bias
     reasons: Mapping[str, str] = field(default_factory=dict)  # faster path -> why it cannot run
 
+    @property
+    def spare(self) -> bool:
+        """Whether the artifact's tensors need not stay in memory."""
+        return self.path != TILED
+
 
 def choose(
     kind: str, shape: tuple[int, int], dtype: torch.dtype, rows: int, decode: Decode, parts: tuple[torch.Tensor | None, ...],
-    sizes: tuple[int, ...], native: Callable[[], masked.Weight], unable: str | None = None,
+    sizes: tuple[int, ...], native: Callable[[], masked.Weight], unable: str | None = None, bits: int = 16,
 ) -> Prepared:  # fmt: skip
     """A weight (O, I) for the path that is best or that COMPRESS_BACKEND chooses.
 
@@ -159,9 +164,13 @@ def choose(
     is the weight.
     """
     assert parts[0] is not None
-    chosen = backend(CPU, DENSE, TILED)
+    chosen = backend(*PATHS)
+    measured = chosen is None and unable != EXACT and parts[0].device.type == "cpu"
+    best = dispatch.preferred(kind, bits, dtype, shape) if measured else None
     if chosen not in (None, CPU):
         why: str | None = f"COMPRESS_BACKEND is {chosen}"
+    elif best in (DENSE, TILED):
+        chosen, why = best, dispatch.TUNED.format(best)
     else:
         why = None if chosen == CPU and unable == EXACT else unable
         why = why or masked.can_run(dtype, parts[0].device)

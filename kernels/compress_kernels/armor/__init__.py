@@ -24,9 +24,19 @@ class Prepared:
     path: str  # the core's: "cpu", "dense" or "tiled"
     kind: str  # of the core
     core: _sparse.Prepared
-    pre: torch.Tensor  # (I/b, b, b): in the activations' dtype unless the path is "tiled", then as stored
-    post: torch.Tensor  # (O/b, b, b)
-    native: cpu.Weight | None = None  # "cpu"
+    pre: torch.Tensor  # (ceil(I/b), b, b): in the activations' dtype unless the path is "tiled", then as stored
+    post: torch.Tensor  # (ceil(O/b), b, b)
+    native: cpu.Weight | None = None  # "cpu", where the blocks divide the shape
+
+    @property
+    def reasons(self) -> Mapping[str, str]:
+        """Faster path of the core -> why it cannot run."""
+        return self.core.reasons
+
+    @property
+    def spare(self) -> bool:
+        """Whether the artifact's tensors need not stay in memory."""
+        return self.core.spare
 
 
 def prepare(
@@ -42,11 +52,12 @@ def prepare(
     the activations' dtype.
     """
     _sparse.refuse(reference.block_problems(tensors, params, shape), shape)
-    kind, pre, post = reference.core_kind(params), tensors["pre"], tensors["post"]
+    kind, pre, post = reference.core_kind(params), reference.stack(tensors, "pre"), reference.stack(tensors, "post")
     core = reference.CORES[kind].prepare(tensors, params, shape, dtype, exact)
     if core.path != _sparse.TILED:
         pre, post = pre.to(dtype), post.to(dtype)
-    native = None if core.native is None else cpu.make(pre, post, core.native)
+    whole = pre[:, 0].numel() == shape[1] and post[:, 0].numel() == shape[0]
+    native = cpu.make(pre, post, core.native) if core.native is not None and whole else None
     return Prepared(core.path, kind, core, pre, post, native)
 
 

@@ -16,6 +16,8 @@ from compress_kernels.bitmask import reference, tiled
 from compress_kernels.int_grouped_outliers.tiled import starts, tile_rows
 from compress_kernels.native import masked
 
+PATHS = _sparse.PATHS
+
 
 def prepare(
     tensors: Mapping[str, torch.Tensor],

@@ -297,13 +297,12 @@ void product_in_words(const Masked& w, const Call& c) {
     for (int64_t band = 0; band < bands; band++) words_pieces<BAND, BLOCK>(w, c, x, stride, BAND * band);
     return;
   }
-#pragma omp parallel for num_threads(c.threads) schedule(static)
-  for (int64_t quad = 0; quad < quads; quad++) {
+  each(c.threads, quads, [&](int64_t quad) {
     int64_t m = 0;
     for (; m + 4 <= count; m += 4) word_rows<4>(w, c, x, stride, m, 4 * quad);
     if (m + 2 <= count) word_rows<2>(w, c, x, stride, m, 4 * quad), m += 2;
     if (m < count) word_rows<1>(w, c, x, stride, m, 4 * quad);
-  }
+  });
 }
 
 void decode_words(const Masked& w, int64_t row, uint16_t* out) {
@@ -397,16 +396,15 @@ extern "C" int CC_NAME(cc_masked)(const Masked* weight, const Call* call) {
   }
 #endif
   const int64_t count = c.M, pairs = (w.N + 1) / 2;
-#pragma omp parallel for num_threads(c.threads) schedule(static) if (count > 8)
-  for (int64_t m = 0; m < count; m++)
+  each(count > 8 ? c.threads : 1, count, [&](int64_t m) {
     for (int64_t k = 0; k < stride; k++) x[m * stride + k] = k < w.K ? load_one(c.x, m * c.stride + k, c.type) : 0.0f;
-#pragma omp parallel for num_threads(c.threads) schedule(static)
-  for (int64_t pair = 0; pair < pairs; pair++) {
+  });
+  each(c.threads, pairs, [&](int64_t pair) {
     int64_t m = 0;
     for (; m + 8 <= count; m += 8) rows<8>(w, c, x, stride, m, 2 * pair);
     if (m + 4 <= count) rows<4>(w, c, x, stride, m, 2 * pair), m += 4;
     if (m + 2 <= count) rows<2>(w, c, x, stride, m, 2 * pair), m += 2;
     if (m < count) rows<1>(w, c, x, stride, m, 2 * pair);
-  }
+  });
   return CC_OK;
 }

@@ -298,8 +298,7 @@ template <int bits> void product(const IntGrouped& w, const Call& c, const Input
   const int64_t near = 1 << 18, rows = w.step ? (16 * w.K < near ? near / w.K / 16 * 16 : 16) : c.M;
   for (int64_t start = 0; start < c.M; start += rows) {
     const int64_t stop = start + rows < c.M ? start + rows : c.M;
-#pragma omp parallel for num_threads(c.threads) schedule(static)
-    for (int64_t tile = 0; tile < tiles; tile++) tile_rows<bits>(w, c, in, tile, start, stop);
+    each(c.threads, tiles, [&](int64_t tile) { tile_rows<bits>(w, c, in, tile, start, stop); });
   }
 }
 
@@ -319,19 +318,16 @@ extern "C" int CC_NAME(cc_int_grouped)(const IntGrouped* weight, const Call* cal
   const int64_t bytes = 4 * (sums + scales) + c.M * w.K * (w.exact ? 4 : 1);
   if (c.workspace_bytes < bytes) return CC_SMALL_WORKSPACE;
   const int64_t blocks = c.M > 1 ? (c.M + 15) / 16 : 1, before = (bytes + 63) / 64 * 64;
-  if (w.step && c.workspace_bytes < before + 4 * w.K * (c.M > 1 ? 16 * blocks : 1)) return CC_SMALL_WORKSPACE;
+  if (w.step && c.M > 0 && c.workspace_bytes < before + 4 * w.K * (c.M > 1 ? 16 * blocks : 1)) return CC_SMALL_WORKSPACE;
   float* at = static_cast<float*>(c.workspace);
   const Inputs in = {at, at + scales, at + scales + sums, at + before / 4};
-  const int64_t rows = c.M;
   const bool words = in_words(w, c);
-#pragma omp parallel for num_threads(c.threads) schedule(static) if (rows > 8)
-  for (int64_t m = 0; m < rows; m++) {
+  each(c.M > 8 ? c.threads : 1, c.ready ? 0 : c.M, [&](int64_t m) {
     if (w.exact) widen_row(w, c, m, in, words);
     else quantize(w, c, m, in);
-  }
-  if (w.step && c.M == 1) widen(c.x, 0, c.type, w.K, in.turned);
-#pragma omp parallel for num_threads(c.threads) schedule(static) if (rows > 16)
-  for (int64_t block = 0; block < (w.step && c.M > 1 ? blocks : 0); block++) turn(w, c, block, in.turned + block * 16 * w.K);
+  });
+  if (w.step && !c.ready && c.M == 1) widen(c.x, 0, c.type, w.K, in.turned);
+  else if (w.step && !c.ready && c.M > 1) each(c.M > 16 ? c.threads : 1, blocks, [&](int64_t block) { turn(w, c, block, in.turned + block * 16 * w.K); });
   switch (w.bits) {
     case 2: product<2>(w, c, in); break;
     case 3: product<3>(w, c, in); break;

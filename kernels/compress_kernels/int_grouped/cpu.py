@@ -98,18 +98,20 @@ def prepare(
 ) -> Weight:  # fmt: skip
     """Repack words (O, K), scale (O, G), zero (O, G) uint8 or None; outliers are CSR parts as the artifact has them."""
     O, I = shape
-    pieces, own = [], width(bits, I // scale.shape[1])
+    own, tiles = width(bits, I // scale.shape[1]), -(-O // TILE)
+    codes, done = torch.empty(tiles * TILE * I * own // 8, dtype=torch.uint8), 0
     for part in words.split(_ROWS):
         q = bitpack.unpack(part, bits, I)
-        pieces.append(pack(torch.nn.functional.pad(q, (0, 0, 0, -len(q) % TILE)), own))
-    tiles = -(-O // TILE)
+        piece = pack(torch.nn.functional.pad(q, (0, 0, 0, -len(q) % TILE)), own)
+        codes[done : done + len(piece)] = piece
+        done += len(piece)
     if zero is None and own != bits:
         zero = torch.full(scale.shape, 1 << (bits - 1), dtype=torch.uint8)
     if scale.dtype not in native.TYPES:
         scale = scale.float()
     csr = None if outliers is None else steps(*outliers, shape)
     return make(
-        torch.cat(pieces), _tiled(scale, tiles), None if zero is None else _tiled(zero, tiles), csr, shape, own, exact
+        codes, _tiled(scale, tiles), None if zero is None else _tiled(zero, tiles), csr, shape, own, exact
     )  # fmt: skip
 
 

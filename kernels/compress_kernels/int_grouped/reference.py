@@ -31,6 +31,15 @@ def zeros(weight_zero_point: torch.Tensor, bits: int, rows: int) -> torch.Tensor
     return bitpack.unpack(weight_zero_point.T.contiguous(), bits, rows).T.contiguous()
 
 
+def zeros_of(weight_zero_point: torch.Tensor, bits: int, index: torch.Tensor) -> torch.Tensor:
+    """Zero points (N, G) uint8 of the rows index (N,), from the artifact's words."""
+    start = index.to(torch.int64) * bits
+    word, shift = start // 32, (start % 32).unsqueeze(1)
+    low = weight_zero_point[word].to(torch.int64) & 0xFFFFFFFF
+    high = weight_zero_point[(word + 1).clamp_(max=len(weight_zero_point) - 1)].to(torch.int64)  # of codes that straddle words
+    return (((low | high << 32) >> shift) & ((1 << bits) - 1)).to(torch.uint8)
+
+
 def linear(
     x: torch.Tensor,
     weight_packed: torch.Tensor,

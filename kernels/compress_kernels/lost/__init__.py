@@ -26,6 +26,7 @@ class Prepared:
     tensors: Mapping[str, torch.Tensor]  # A, B, W_s in the activations' dtype, columns int64; of "cpu" the columns alone
     params: Mapping[str, Any]
     native: cpu.Weight | None = None
+    spare: bool = True  # the artifact's tensors need not stay in memory
 
 
 def prepare(

@@ -30,6 +30,16 @@ class Prepared:
     group: int = 1  # rows of A and U are padded to multiples
     native: cpu.Weight | None = None
 
+    @property
+    def reasons(self) -> Mapping[str, str]:
+        """Faster path of quantized factors -> why it cannot run."""
+        return {} if isinstance(self.U, torch.Tensor) else self.U.reasons
+
+    @property
+    def spare(self) -> bool:
+        """Whether the artifact's tensors need not stay in memory: what these paths read of them is held here."""
+        return True
+
 
 def prepare(
     tensors: Mapping[str, torch.Tensor],

@@ -13,15 +13,15 @@ namespace {
 enum { PLAIN = 0, BYTES = 1, NIBBLES = 2, CONSTANT = 3 };
 constexpr int ROWS = 2;  // of W
 
-inline int64_t row_bytes(const Shared& s, int64_t K) {
+inline int64_t row_bytes(const SharedVector& s, int64_t K) {
   return s.kind == PLAIN ? 2 * K : s.kind == BYTES ? (K + 3) / 4 * 4 : s.kind == NIBBLES ? (K + 7) / 8 * 4 : 0;
 }
 
-inline float scale_of(const Shared& s, int64_t K, int64_t row, int64_t k) {
+inline float scale_of(const SharedVector& s, int64_t K, int64_t row, int64_t k) {
   return from_bits(uint32_t(s.scale[row * ((K + s.group - 1) / s.group) + k / s.group]) << 16);
 }
 
-inline int code_of(const Shared& s, const uint8_t* row, int64_t k) {
+inline int code_of(const SharedVector& s, const uint8_t* row, int64_t k) {
   return (s.kind == BYTES ? row[k] : row[k / 2] >> (4 * (k % 2)) & 15) - s.zero;
 }
 
@@ -42,7 +42,7 @@ inline void finish(const MaskedDelta& w, const Call& c, int64_t m, int64_t row, 
 // -- numbers of any type, in fp32
 
 // a row of shared numbers
-void decode(const Shared& s, int64_t K, int64_t row, float* out) {
+void decode(const SharedVector& s, int64_t K, int64_t row, float* out) {
   if (s.kind == CONSTANT) {
     const float value = *static_cast<const float*>(s.values);
     for (int64_t k = 0; k < K; k++) out[k] = value;
@@ -126,7 +126,7 @@ struct Tables {
 constexpr Tables TABLES;
 
 // 32 codes less their zero
-inline I coded(const Shared& s, const uint8_t* p) {
+inline I coded(const SharedVector& s, const uint8_t* p) {
   if (s.kind == NIBBLES) {
     const __m128i packed = _mm_loadu_si128((const __m128i*)p), low = _mm_set1_epi8(15);
     const __m128i even = _mm_and_si128(packed, low), odd = _mm_and_si128(_mm_srli_epi16(packed, 4), low);
@@ -139,7 +139,7 @@ inline I coded(const Shared& s, const uint8_t* p) {
 }
 
 // a row of shared numbers without their scales, for `stride` columns
-void decode_words(const Shared& s, int64_t K, int64_t row, int64_t stride, uint16_t* out) {
+void decode_words(const SharedVector& s, int64_t K, int64_t row, int64_t stride, uint16_t* out) {
   const uint8_t* from = static_cast<const uint8_t*>(s.values) + row * row_bytes(s, K);
   const int64_t step = s.kind == NIBBLES ? 16 : 32, ahead = ROWS * row_bytes(s, K);
   int64_t k = 0;
@@ -196,7 +196,7 @@ CC_INLINE void step(const Place& p, const Inputs& in, int64_t k, uint32_t inside
 
 // Adds all columns: the base's to sum, and to delta the shared numbers' with the scales of rows first and second
 template <int MR, bool same, bool with_base>
-CC_INLINE void columns(const MaskedDelta& w, const Shared& s, const Place& p, const Inputs& in, const int64_t* rows, Sums<MR>& sum, Sums<MR>& delta) {
+CC_INLINE void columns(const MaskedDelta& w, const SharedVector& s, const Place& p, const Inputs& in, const int64_t* rows, Sums<MR>& sum, Sums<MR>& delta) {
   const bool scaled = s.kind == BYTES || s.kind == NIBBLES;
   const int64_t group = scaled ? s.group : w.K;
   for (int64_t start = 0; start < w.K; start += group) {
@@ -243,7 +243,7 @@ void rows_of_x(const MaskedDelta& w, const Call& c, const Ordered& all, const ui
 }
 
 // The rows' shared numbers: where they lie, or decoded to `space`
-void open(const Shared& s, int64_t K, const int64_t* rows, int64_t stride, uint16_t* space, Place& p) {
+void open(const SharedVector& s, int64_t K, const int64_t* rows, int64_t stride, uint16_t* space, Place& p) {
   for (int r = 0; r < ROWS; r++) {
     p.shared[r] = space + r * stride;
     if (s.kind == PLAIN) p.shared[r] = static_cast<const uint16_t*>(s.values) + rows[r] * K;
@@ -277,11 +277,11 @@ void product_in_words(const MaskedDelta& w, const Call& c, const Ordered& all, c
   }
 }
 
-inline bool whole_steps(const Shared& s, int64_t K) { return s.kind == PLAIN || s.kind == CONSTANT || s.group % 32 == 0 || s.group >= K; }
+inline bool whole_steps(const SharedVector& s, int64_t K) { return s.kind == PLAIN || s.kind == CONSTANT || s.group % 32 == 0 || s.group >= K; }
 
 #endif
 
-int unfit(const Shared& s) {
+int unfit(const SharedVector& s) {
   if (s.kind < PLAIN || s.kind > CONSTANT) return CC_BAD_TYPE;
   return (s.kind == BYTES || s.kind == NIBBLES) && (s.group < 1 || (s.zero != 0 && s.zero != (s.kind == BYTES ? 128 : 8))) ? CC_BAD_SHAPE : CC_OK;
 }

@@ -68,7 +68,7 @@ class Factors(ctypes.Structure):
 
 
 class Shared(ctypes.Structure):
-    """`struct Shared` of native/jobs.h."""
+    """`struct SharedVector` of native/jobs.h."""
 
     _fields_ = (("kind", _i32), ("zero", _i32), ("group", _i64), ("values", _p), ("scale", _p))
 
@@ -94,6 +94,7 @@ class Call(ctypes.Structure):
     _fields_ = (
         ("M", _i64), ("stride", _i64), ("type", _i32), ("threads", _i32),
         ("x", _p), ("y", _p), ("workspace", _p), ("workspace_bytes", _i64),
+        ("ready", _i32), ("unused", _i32),
     )  # fmt: skip
 
 
@@ -124,10 +125,16 @@ def missing() -> str | None:
     return found if isinstance(found, str) else None
 
 
+def loaded() -> ctypes.CDLL:
+    """The library; only where nothing is `missing`."""
+    library = _load()
+    assert not isinstance(library, str), library
+    return library
+
+
 @functools.cache
 def _isa(asked: str) -> int:
-    library = _load()
-    assert not isinstance(library, str)
+    library = loaded()
     have = int(library.cc_isa())
     if not asked:
         return have

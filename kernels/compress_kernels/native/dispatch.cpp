@@ -7,7 +7,9 @@
   extern "C" int cc_masked_rows_isa##isa(const Masked* w, int64_t first, int64_t count, int type, void* out, int threads); \
   extern "C" int cc_factors_isa##isa(const Factors* w, const Call* c);            \
   extern "C" int cc_masked_delta_isa##isa(const MaskedDelta* w, const Call* c);   \
-  extern "C" int cc_armor_isa##isa(const Armor* w, const Call* c);
+  extern "C" int cc_armor_isa##isa(const Armor* w, const Call* c); \
+  extern "C" int cc_decode_isa##isa(const Decoder* decoder, const Step* step);     \
+  extern "C" int64_t cc_decode_bytes_isa##isa(const Decoder* decoder, const Step* step);
 
 CC_DECLARE(0)
 #if defined(__x86_64__)
@@ -54,5 +56,11 @@ CC_EXPORT int cc_factors(int isa, const Factors* w, const Call* c) { CC_DISPATCH
 CC_EXPORT int cc_masked_delta(int isa, const MaskedDelta* w, const Call* c) { CC_DISPATCH(cc_masked_delta, w, c); }
 
 CC_EXPORT int cc_armor(int isa, const Armor* w, const Call* c) { CC_DISPATCH(cc_armor, w, c); }
+
+// one token through a whole model; a step of no rows only looks whether the decoder can be run
+CC_EXPORT int cc_decode(int isa, const Decoder* decoder, const Step* step) { CC_DISPATCH(cc_decode, decoder, step); }
+
+// how many bytes of workspace a step needs
+CC_EXPORT int64_t cc_decode_bytes(int isa, const Decoder* decoder, const Step* step) { CC_DISPATCH(cc_decode_bytes, decoder, step); }
 
 }  // extern "C"

@@ -46,7 +46,7 @@ struct Factors {
   float low, direct;
 };
 
-struct Shared {            // what a bit stands for, [N][K]
+struct SharedVector {      // what a bit stands for, [N][K]
   int32_t kind, zero;      // 0 bf16, 1 codes of 8 bits, 2 codes of 4 bits, 3 one fp32 number; the code that means 0
   int64_t group;           // columns of a scale
   const void* values;      // codes: each row begins at a word of 32 bits
@@ -59,7 +59,7 @@ struct MaskedDelta {
   int32_t signs, has_low;
   const void* base;        // [N][K] of the type of x
   const void* bias;        // [N] of the type of x, or null
-  struct Shared one, low;
+  struct SharedVector one, low;
   int64_t tasks;
   const uint32_t* const* mask;  // of every task [N][ceil(K/32)], lowest bit first
   const float* factor;          // of every task
@@ -79,6 +79,43 @@ struct Call {
   int32_t type, threads;
   const void* x;
   void* y;  // [M][N] of the same type
+  void* workspace;
+  int64_t workspace_bytes;
+  int32_t ready, unused;  // not 0: the workspace has x from the call before, of a weight of grouped integers that reads it alike
+};
+
+enum { CC_NONE = 0, CC_INTS = 1, CC_MASKED = 2, CC_DENSE = 3 };
+
+struct Linear {  // y = x Wᵀ + bias
+  int64_t K, N;
+  int32_t kind, type;  // CC_INTS: unused; CC_MASKED: the type that x is rounded to; CC_DENSE: the matrix's
+  int32_t bias_type, unused;
+  const void* weight;  // an IntGrouped, a Masked, or a matrix [N][K]
+  const void* bias;    // or null
+};
+
+struct Block {  // of Llama and its like
+  const void *norm_in, *norm_mid, *norm_q, *norm_k;  // [D], [D], [head_dim] or null, the same
+  Linear q, k, v, o, gate, up, down;
+};
+
+struct Decoder {
+  int64_t blocks, D, inner, heads, kv_heads, head_dim;
+  float eps, scale;  // of norms, of scores
+  int32_t norm_type, cache_type;
+  const Block* block;
+  const void* norm;
+  Linear head;
+};
+
+struct Step {  // one token in every row of a batch
+  int64_t B, slot, capacity;  // rows; where the token's keys and values go, in buffers of so many places
+  int32_t type, threads;      // of x
+  const void* x;              // [B][D] embeddings
+  void* const* cache;         // of each block [2][B][kv_heads][capacity][head_dim], keys and values
+  const int64_t* first;       // [B] first place that the row attends to
+  const float *cos, *sin;     // [B][head_dim/2]
+  float* y;                   // [B][head.N]
   void* workspace;
   int64_t workspace_bytes;
 };

@@ -16,6 +16,8 @@ from compress_kernels.int_grouped_outliers.tiled import tile_rows
 from compress_kernels.native import masked
 from compress_kernels.sparse24 import reference, tiled
 
+PATHS = _sparse.PATHS
+
 
 def prepare(
     tensors: Mapping[str, torch.Tensor],

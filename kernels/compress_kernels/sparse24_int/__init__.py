@@ -18,6 +18,8 @@ from compress_kernels.int_grouped_outliers.tiled import tile_rows
 from compress_kernels.native import masked
 from compress_kernels.sparse24_int import reference, tiled
 
+PATHS = _sparse.PATHS
+
 
 def prepare(
     tensors: Mapping[str, torch.Tensor],
@@ -45,7 +47,7 @@ def prepare(
 
     tiles = tiled.decoder(parts, bits, n, m)
     unable = _sparse.EXACT if exact else masked.can_run_codes(bits, n, m, group)
-    return _sparse.choose("sparse24_int", shape, dtype, rows, tiles, parts, (bits, n, m, rows), native, unable)
+    return _sparse.choose("sparse24_int", shape, dtype, rows, tiles, parts, (bits, n, m, rows), native, unable, bits)
 
 
 def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# The GPU kernels on the GPU at hand, in under ten minutes: correctness against fp64 first, then times beside dense bf16.
+#
+#   benchmarks/gpu.sh                      rows are appended to benchmarks/results/gpu.jsonl
+#   benchmarks/gpu.sh --out FILE           … to FILE
+#   benchmarks/gpu.sh --tune               measures the dispatch table first (longer), then uses it
+#   benchmarks/gpu.sh --plot PNG           draws what was measured
+#   benchmarks/gpu.sh --dry                tiny shapes in Triton's interpreter, without a GPU: checks this script, times nothing
+#
+# Needs torch and triton (PYTHON names the interpreter, python3 unless set); nothing is installed. Without git, COMMIT names the commit.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PYTHONPATH="$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
+export TRITON_DEFAULT_FP_FUSION="${TRITON_DEFAULT_FP_FUSION:-1}"
+exec "${PYTHON:-python3}" benchmarks/gpu.py "$@"

@@ -1,0 +1,103 @@
+"""Write benchmarks/README.md and its plot from the results.
+
+    python benchmarks/render.py            # needs matplotlib for the plot
+
+Reads the docstrings in this folder for the list of benchmarks, and for the kernels' tables benchmarks/results/kernels.jsonl, to
+which `compress bench kernels --threads 1 -o benchmarks/results/kernels.jsonl` appends: of every kind, shape, number of rows and
+number of threads the last row counts.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+from jsonl import load
+
+HERE = Path(__file__).resolve().parent
+KERNELS = HERE / "results" / "kernels.jsonl"
+PAGE = HERE / "README.md"
+PLOT = HERE / "kernels.png"
+HELPERS = ("gpu_checks", "gpu_plot", "jsonl", "render")
+
+Row = dict[str, Any]
+
+
+def scripts() -> list[str]:
+    """A row of the table for each benchmark: its name and the first line of its docstring."""
+    lines = ["| script | what it measures |", "| --- | --- |"]
+    for path in sorted(HERE.glob("*.py")):
+        text = ast.get_docstring(ast.parse(path.read_text())) or ""
+        if path.stem not in HELPERS:
+            lines.append(f"| `{path.name}` | {text.splitlines()[0].partition(';')[0].rstrip('.')} |")
+    return lines
+
+
+def latest(rows: list[Row]) -> dict[tuple[int, str], dict[str, dict[int, Row]]]:
+    """(threads, shape) -> kind -> rows of x -> the last row measured."""
+    found: dict[tuple[int, str], dict[str, dict[int, Row]]] = {}
+    for row in rows:
+        place = (row["threads"], "x".join(map(str, row["shape"])))
+        found.setdefault(place, {}).setdefault(row["kind"], {})[row["rows"]] = row
+    return found
+
+
+def table(kinds: dict[str, dict[int, Row]]) -> list[str]:
+    """Speed-ups over the dense bf16 product, the artifact's GB/s at one row, and the dense product's own milliseconds."""
+    counts = sorted({n for part in kinds.values() for n in part})
+    lines = ["| | " + " | ".join(f"M = {n}" for n in counts) + " | path |", "| --- |" + " --- |" * (len(counts) + 1)]
+    first = next(iter(kinds.values()))
+    dense = [f"{first[n]['dense_ms']:.2f} ms" if n in first else "" for n in counts]
+    lines.append("| dense bf16 | " + " | ".join(dense) + " | |")
+    for kind, part in kinds.items():
+        cells = [f"{part[n]['dense_ms'] / part[n]['ms']:.2f}x" if n in part else "" for n in counts]
+        lines.append(f"| {kind} | " + " | ".join(cells) + f" | `{next(iter(part.values()))['path']}` |")
+    return lines
+
+
+def page(rows: list[Row]) -> str:
+    lines = [
+        "# Benchmarks", "",
+        "The documentation's numbers come from these. A docstring gives the protocol; results are appended to `results/`.",
+        "This page is written by `benchmarks/render.py`.", "", *scripts(), "",
+        "`compress bench kernels` and `compress bench model` time this machine's kernels and a model of yours.", "",
+        "## CPU kernels", "",
+        "Speed-up over torch's dense bf16 product, medians of interleaved runs, cold weights, M rows of x.",
+    ]  # fmt: skip
+    machines = sorted({r["machine"] for r in rows if "machine" in r})
+    lines += [f"Machine: {', '.join(machines)}.", ""] if machines else [""]
+    lines += [f"![speed-up over dense bf16]({PLOT.name})", ""]
+    for (threads, shape), kinds in sorted(latest(rows).items()):
+        lines += [f"### {shape}, {threads} thread{'s' * (threads > 1)}", "", *table(kinds), ""]
+    return "\n".join(lines)
+
+
+def plot(rows: list[Row]) -> None:
+    """A panel per shape, of the smallest number of threads measured."""
+    import matplotlib.pyplot as plt
+
+    found = latest(rows)
+    fewest = min(threads for threads, _ in found)
+    panels = {shape: kinds for (threads, shape), kinds in sorted(found.items()) if threads == fewest}
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False, sharey=True)
+    for axis, (shape, kinds) in zip(axes[0], panels.items(), strict=True):
+        for kind, part in kinds.items():
+            counts = sorted(part)
+            axis.plot(counts, [part[n]["dense_ms"] / part[n]["ms"] for n in counts], marker="o", markersize=3, label=kind)
+        axis.axhline(1.0, color="grey", linewidth=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        axis.set_title(f"{shape}, {fewest} thread{'s' * (fewest > 1)}")
+        axis.set_xlabel("rows of x")
+    axes[0][0].set_ylabel("speed-up over dense bf16")
+    axes[0][-1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(PLOT, dpi=110)
+
+
+if __name__ == "__main__":
+    found_rows = load(KERNELS)
+    PAGE.write_text(page(found_rows))
+    if found_rows:
+        plot(found_rows)
