@@ -209,8 +209,10 @@ class CompressedEmbedding(CompressedWeight):
             super().prepare(exact)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids (...) -> (..., D)."""
+        """ids (...) -> (..., D). Ids beyond the table raise an IndexError, as they do in torch's (on a CPU)."""
         self.check()
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and bool((ids < 0).any()):
+            raise IndexError("index out of range in self")  # an index into a tensor would count from the end
         x = gather(self._buffers, self.params, self.shape, ids.reshape(-1)).to(self.dtype)
         if self._inner is None:
             return x.view(*ids.shape, self.embedding_dim)
