@@ -191,7 +191,7 @@ def report(args: argparse.Namespace, contenders: list[Contender]) -> None:
             "label": args.label, "threads": args.threads, "prompt": args.prompt, "tokens": args.tokens, "rounds": args.rounds,
             "best": best, "median": usual, "first_s": {c.name: round(min(c.first), 4) for c in contenders}, "ratios": ratios,
             "path": contenders[0].about["path"], "versions": {c.name: c.about["version"] for c in contenders},
-            "torch": contenders[0].about["torch"],
+            "torch": contenders[0].about["torch"], "load": round(os.getloadavg()[0], 1),
         },
     )  # fmt: skip
 

@@ -280,7 +280,7 @@ class Profile:
     """Where the time of one token goes, after the prompt, one row."""
 
     model: str
-    path: str  # "native" or "transformers"
+    path: str  # "native" or "transformers", by `generate`; or "native, own loop", which is `compress generate`'s
     token: float  # ms, median
     kernels: float  # ms of it in the native call, or in the linears
 
@@ -289,6 +289,7 @@ def profile(folder: str | Path, *, prompt: int = 128, tokens: int = 32, dtype: s
     """One row per path that the model can decode by: how much of a token's time is in kernels. What is left is Python, small
     operators (norms, rotation, attention: in the native path they belong to the kernel) and transformers' loop.
     """
+    from compress.decoding import loop
     from compress.loading import load
 
     network: Any = load(folder, dtype=dtype)
@@ -300,6 +301,11 @@ def profile(folder: str | Path, *, prompt: int = 128, tokens: int = 32, dtype: s
         with _timed(plan.decoder, "step", seen):
             ms = _per_token(network, ids, tokens)
         yield Profile(str(folder), "native", ms, median(seen) * 1e3)
+        if loop.usable(network) is None:
+            seen = []
+            with _timed(plan.decoder, "step", seen):
+                times = [time.perf_counter() for _ in loop.tokens(network, ids, tokens, ends=False)]
+            yield Profile(str(folder), "native, own loop", median(b - a for a, b in pairwise(times)) * 1e3, median(seen) * 1e3)
         decoding.enabled = False
     inside: list[float] = []
     linears = [m for m in network.modules() if isinstance(m, CompressedLinear | torch.nn.Linear)]

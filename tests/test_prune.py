@@ -392,6 +392,26 @@ def test_a_damaged_mask_is_named(pico: Callable[..., Path], tmp_path: Path, cli:
     assert cli("quantize", tmp_path / "out", "-m", "rtn", "-o", tmp_path / "q", "--group-size", 32).code == 1
 
 
+def test_in_recovery_parts_move_by_steps_of_their_own_or_not_at_all() -> None:
+    from compress.pipeline.recover import Recovery
+    from compress.pipeline.states import Store
+    from compress.types import Trainable
+
+    W, inputs, targets = randn(6, 8), Store(None), Store(None)
+    for seed in range(3):
+        inputs.append(randn(1, 20, 8, seed=seed))
+        targets.append(inputs[seed] @ W.T)
+    moved = []
+    for steps in ({}, {"a": 0.1}, {"a": 0.0}):
+        parts = {"a": randn(6, 8, seed=7), "b": randn(6, 8, seed=8)}
+        one = Trainable(parts, lambda p: p["a"] + p["b"], lambda p: p["a"], steps)  # type: ignore[arg-type, return-value]
+        found, losses = Recovery(lambda w, x: x @ w["fc"].T, inputs, targets, "cpu").train({"fc": one}, 3, 0.02, 0)
+        assert losses["after"] < losses["before"]
+        assert not torch.equal(found["fc"]["b"], parts["b"])
+        moved.append(float((found["fc"]["a"] - parts["a"]).norm()))
+    assert moved[0] > 5 * moved[1] > 0 == moved[2]
+
+
 # -- ARMOR -----------------------------------------------------------------------------------------------------------------
 
 ARMOR: list[dict[str, Any]] = [

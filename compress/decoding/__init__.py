@@ -10,10 +10,9 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-import weakref
 from collections.abc import Callable
 from dataclasses import fields
-from operator import call, is_
+from operator import is_
 from typing import Any
 
 import torch
@@ -36,7 +35,6 @@ class Decoding:
         self._plan: Plan | str | None = None  # made at the first step; a reason where it cannot be
         self._device = ""
         self._lock = threading.Lock()  # the decoder has one workspace
-        self._held: tuple[Plan, list[Any], Any] | None = None  # references to a cache's buffers; their addresses
 
     @property
     def path(self) -> str:
@@ -99,29 +97,28 @@ class Decoding:
                 for layer in layers:
                     layer.make_room(1)
             buffers = [layer.buffer for layer in layers]
-            if buffers[0].shape[1] != B or (buffers[0].requires_grad and torch.is_grad_enabled()):
+            shape = (2, B, plan.decoder.shape.kv_heads, layers[0].capacity, plan.decoder.shape.head_dim)
+            if not _fits(buffers[0], shape, plan.dtype) or (buffers[0].requires_grad and torch.is_grad_enabled()):
                 return None
-            if not self._holds(plan, buffers):
-                shape = (2, B, plan.decoder.shape.kv_heads, layers[0].capacity, plan.decoder.shape.head_dim)
-                if any(b.shape != shape or b.dtype != plan.dtype or not b.is_contiguous() for b in buffers):
+            held = layers[0].held
+            if held is None or len(held[0]) != len(buffers) or not all(map(is_, buffers, held[0])):
+                if not all(_fits(b, shape, plan.dtype) for b in buffers):
                     return None
-                self._held = plan, [weakref.ref(b) for b in buffers], kernel.pointers(buffers)
-            assert self._held is not None
+                held = layers[0].held = buffers, kernel.pointers(buffers)
             cos, sin = plan.rope.at(positions)
             x = self.model.model.embed_tokens(ids).view(B, -1)
-            y = plan.decoder.step(x, self._held[2], layers[0].capacity, slot, first, cos, sin)
+            y = plan.decoder.step(x, held[1], layers[0].capacity, slot, first, cos, sin)
             for layer in layers:
                 layer.length += 1
         return y
 
-    def _holds(self, plan: Plan, buffers: list[torch.Tensor]) -> bool:
-        """Whether these are the buffers of the step before, for the same plan."""
-        if self._held is None or self._held[0] is not plan or len(self._held[1]) != len(buffers):
-            return False
-        return all(map(is_, buffers, map(call, self._held[1])))
-
     def __reduce__(self) -> Any:
         return Decoding, (self.model,)
+
+
+def _fits(buffer: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether the kernel can read and write a cache's buffer: it is handed an address alone."""
+    return buffer.shape == shape and buffer.dtype == dtype and buffer.is_contiguous()
 
 
 def _state(model: Any) -> str:

@@ -20,8 +20,14 @@ class Growing:
         self.buffer: torch.Tensor | None = None
         self.length = 0
         self.is_initialized = False
+        self.held: Any = None  # the first layer's: all layers' buffers, and their addresses for the kernel
         if keys is not None and values is not None:
             self.update(keys, values)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        made = type(self)()
+        made.__dict__ |= {**self.__dict__, "buffer": None if self.buffer is None else self.buffer.clone(), "held": None}
+        return made
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -45,7 +51,7 @@ class Growing:
 
         plain: Any = self
         keys, values = self.keys, self.values
-        del plain.buffer, plain.length
+        del plain.buffer, plain.length, plain.held
         plain.__class__ = DynamicLayer
         plain.keys, plain.values = keys, values
         return plain
@@ -99,7 +105,7 @@ class Growing:
         return self.length
 
     def reset(self) -> None:
-        self.buffer, self.length, self.is_initialized = None, 0, False
+        self.buffer, self.held, self.length, self.is_initialized = None, None, 0, False
 
     def crop(self, tokens: int) -> None:
         """Drop the last -tokens; older versions of transformers give the length that is to be left."""

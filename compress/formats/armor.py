@@ -30,6 +30,7 @@ KIND = "armor"
 VERSION = 1
 
 wrap = reference.wrap  # A S B (O, I) of a core (O, I), pre and post as stacks; differentiable
+STEPS = {"S": 0.3, "pre": 0.1, "post": 0.1}  # of the usual one, in recovery
 WRAPPERS = ("pre", "pre_rest", "post", "post_rest")
 value_dtype = int_grouped_outliers.value_dtype
 bits_per_weight = int_grouped.bits_per_weight
@@ -107,7 +108,11 @@ def pruned(packed: Packed) -> torch.Tensor:
 
 
 def trainable(packed: Packed) -> Trainable:
-    """The core's kept values and both wrappers may change, the mask may not."""
+    """The core's kept values and both wrappers may change, by 0.3 and 0.1 of the usual step; the mask may not.
+
+    A step moves every entry of a factor by its share at once, and a weight of A S B sums over the entries of a block: at the
+    usual step the product moves so far that training loses the solution which it starts from (docs/log.md).
+    """
     core, pre, post = unpack(packed)
     _, mask = sparse24.unpack(core)
     n, m, dtype = int(core.params["n"]), int(core.params["m"]), pre.dtype
@@ -119,7 +124,8 @@ def trainable(packed: Packed) -> Trainable:
         values = sparse24.pack((parts["S"].cpu() * mask).to(dtype), mask, n=n, m=m)
         return pack(values, parts["pre"].cpu().to(dtype), parts["post"].cpu().to(dtype))
 
-    return Trainable({"S": sparse24.dequantize(core), "pre": pre.float(), "post": post.float()}, weight, rebuild)
+    parts = {"S": sparse24.dequantize(core), "pre": pre.float(), "post": post.float()}
+    return Trainable(parts, weight, rebuild, STEPS)
 
 
 def problems(packed: Packed) -> list[str]:

@@ -165,7 +165,8 @@ def choose(
     """
     assert parts[0] is not None
     chosen = backend(*PATHS)
-    best = None if chosen is not None or unable == EXACT else dispatch.preferred(kind, bits, dtype, shape)
+    measured = chosen is None and unable != EXACT and parts[0].device.type == "cpu"
+    best = dispatch.preferred(kind, bits, dtype, shape) if measured else None
     if chosen not in (None, CPU):
         why: str | None = f"COMPRESS_BACKEND is {chosen}"
     elif best in (DENSE, TILED):
