@@ -22,6 +22,13 @@ from compress.checkpoint.mapped import Place
 from compress.errors import CompressError
 from compress.types import Packed
 
+_FEW = 16  # rows of x that every kernel with a layout of its own multiplies by that
+
+
+def _written(pages: torch.Tensor) -> bool:
+    """Whether somebody may have written to a tensor."""
+    return pages.is_inference() or bool(pages._version)
+
 
 class CompressedWeight(nn.Module):
     """A weight (O, I) stored in a format's tensors, which are this module's buffers.
@@ -69,11 +76,25 @@ class CompressedWeight(nn.Module):
     def _is_aside(self, name: str) -> bool:
         return name in self._aside and self._buffers[name] is self._aside[name]
 
+    def _read(self, name: str) -> torch.Tensor:
+        """A buffer that was put aside, in memory: the file's numbers, or what somebody wrote into the pages."""
+        pages = self._aside[name]
+        self.check()
+        return pages.clone() if _written(pages) else self.places[name].read()
+
+    def check(self) -> None:
+        """Raise where the file of buffers that were put aside was written to."""
+        if self._aside and not torch.compiler.is_compiling():
+            for file in {place.file for name, place in self.places.items() if name in self._aside}:
+                if file is not None:
+                    file.check()
+
     def _recall(self) -> None:
         """Read what was put aside into memory again."""
         for name in self._aside:
             if self._is_aside(name):
-                self._buffers[name] = self.places[name].read()
+                self._buffers[name] = self._read(name)
+        self.places = {n: place for n, place in self.places.items() if n not in self._aside or not _written(self._aside[n])}
         self._aside = {}
 
     def _put_aside(self) -> None:
@@ -98,11 +119,12 @@ class CompressedWeight(nn.Module):
     def dense_weight(self) -> torch.Tensor:
         """The weight (O, I) in fp32."""
         form = registry.by_kind(self.kind)
-        tensors = {name: self.places[name].read() if self._is_aside(name) else b for name, b in self.named_buffers()}
+        tensors = {name: self._read(name) if self._is_aside(name) else b for name, b in self.named_buffers()}
         return form.dequantize(Packed(self.kind, form.VERSION, self.params, tensors, self.shape))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> CompressedWeight:
         """Move with `.to()`, `.cuda()`, …; then prepare again for the new device and dtype."""
+        self.check()
         before = dict(self.named_buffers())
         super()._apply(fn, recurse)
         for name, old in before.items():
@@ -121,9 +143,14 @@ class CompressedWeight(nn.Module):
         if self.prepared is not None:
             self.prepare()
 
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.check()
+        super()._save_to_state_dict(*args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
+        self.check()
         state = self.__dict__.copy()
-        if any(t.is_inference() or t._version for t in self._aside.values()):  # somebody wrote to the pages
+        if any(map(_written, self._aside.values())):
             state["places"] = {}
         return state
 
@@ -152,6 +179,8 @@ class CompressedLinear(CompressedWeight):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., I) -> (..., O)."""
+        if x.numel() > _FEW * self.in_features:  # some kernels read the artifact's tensors for many rows
+            self.check()
         return self._kernel.linear(x, self.prepared or self._prepare(exact=True), self.bias)
 
 
@@ -180,7 +209,10 @@ class CompressedEmbedding(CompressedWeight):
             super().prepare(exact)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids (...) -> (..., D)."""
+        """ids (...) -> (..., D). Ids beyond the table raise an IndexError, as they do in torch's (on a CPU)."""
+        self.check()
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and bool((ids < 0).any()):
+            raise IndexError("index out of range in self")  # an index into a tensor would count from the end
         x = gather(self._buffers, self.params, self.shape, ids.reshape(-1)).to(self.dtype)
         if self._inner is None:
             return x.view(*ids.shape, self.embedding_dim)

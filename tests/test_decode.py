@@ -485,3 +485,118 @@ def test_a_copied_model_decodes_with_its_own_weights() -> None:
     twin.model.norm.weight.data.zero_()
     assert torch.equal(steps(model, ids, 4, True), before)
     assert not steps(twin, ids, 4, True).any()
+
+
+def test_what_autograd_asks_for_takes_the_models_own_path() -> None:
+    model = model_of(CONFIGS["llama"](), kinds=("",))  # kernels of compressed weights have no gradients
+    ids, calls = ids_of(1, 8), counted(model)
+    greedy(model, ids, True, do_sample=False)
+    before = calls[0]
+    model.model.norm.weight.requires_grad_()  # after the decoder was made
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids, cache=cache)
+    assert model(input_ids=ids[:, :1], cache=cache).logits.requires_grad
+    assert calls[0] == before
+    model.model.norm.weight.requires_grad_(False)
+    prefix = [randn(1, 2, 4, 16, seed=i).requires_grad_() for i in range(4)]  # keys and values that are learnt
+    gradients = []
+    for on in (False, True):
+        model.decoding.enabled, cache = on, DynamicCache(config=model.config)
+        for i in range(2):
+            cache.update(prefix[2 * i], prefix[2 * i + 1], i)
+        sums = [model(input_ids=part, cache=cache).logits.square().sum() for part in (ids[:, :5], ids[:, 5:6], ids[:, 6:])]
+        gradients.append(torch.autograd.grad(sums[0] + sums[1] + sums[2], prefix))
+    for own, ours in zip(*gradients, strict=True):
+        assert own.abs().max() > 0
+        assert torch.allclose(own, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_of_somebody_elses_and_hooks_on_all_modules_are_not_passed_over() -> None:
+    from torch.nn.modules.module import register_module_forward_hook
+    from transformers import AttentionInterface
+
+    def nothing(module: Any, q: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return torch.zeros_like(q).transpose(1, 2).contiguous(), None
+
+    model = model_of(CONFIGS["llama"]())
+    ids, calls = ids_of(1, 8), counted(model)
+    greedy(model, ids, True, do_sample=False)
+    before = calls[0]
+    AttentionInterface.register("nothing", nothing)
+    model.set_attn_implementation("nothing")
+    assert torch.equal(steps(model, ids, 3, True), steps(model, ids, 3, False))
+    assert calls[0] == before
+    model.set_attn_implementation("sdpa")
+    seen: list[Any] = []
+    handle = register_module_forward_hook(lambda module, *_: seen.append(module))
+    steps(model, ids, 3, True)
+    handle.remove()
+    assert seen.count(model.model.norm) == 4
+    assert calls[0] == before
+    steps(model, ids, 3, True)
+    assert calls[0] == before + 3
+
+
+def test_a_cache_of_another_batch_or_dtype_is_never_written_beside() -> None:
+    model = model_of(CONFIGS["llama"](), BF16)
+    ids, calls = ids_of(1, 8), counted(model)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for part in (ids, ids[:, :1]):
+            model(input_ids=part, cache=cache)
+        assert calls[0] == 1
+        with pytest.raises((ValueError, RuntimeError)):
+            model(input_ids=ids_of(2, 1), cache=cache)
+        found = []
+        for on in (False, True):
+            model.to(BF16)
+            model.decoding.enabled, cache = on, DynamicCache(config=model.config)
+            for part in (ids, ids[:, :1]):
+                model(input_ids=part, cache=cache)
+            model.to(F32)  # the cache stays as it is
+            found.append(model(input_ids=ids[:, 1:2], cache=cache).logits)
+            found.append(model(input_ids=ids[:, 2:3], cache=cache).logits)
+            assert cache.layers[0].keys.dtype == F32
+        assert (found[0] - found[2]).norm() < 0.05 * found[0].norm()
+        assert (found[1] - found[3]).norm() < 0.05 * found[1].norm()
+        other = DynamicCache()
+        for i in range(2):
+            other.update(randn(1, 4, 3, 16), randn(1, 4, 3, 16), i)  # of a model with more heads
+        with pytest.raises((ValueError, RuntimeError)):
+            model(input_ids=ids[:, :1], cache=other)
+        with pytest.raises((ValueError, RuntimeError)):
+            model_of(CONFIGS["smollm"]())(input_ids=ids[:, :1], cache=cache)
+
+
+def test_a_cache_lives_no_longer_than_its_user_and_takes_other_tensors() -> None:
+    import gc
+    import io
+    import weakref
+
+    model = model_of(CONFIGS["llama"]())
+    ids = ids_of(1, 8)
+    with torch.no_grad():
+        found = []
+        for on in (False, True):
+            model.decoding.enabled, cache = on, DynamicCache(config=model.config)
+            for part in (ids[:, :6], ids[:, 6:7]):
+                model(input_ids=part, cache=cache)
+            for layer in cache.layers:  # what evicts keys does this
+                layer.keys, layer.values = layer.keys[:, :, 2:], layer.values[:, :, 2:]
+            assert cache.get_seq_length() == 5
+            for _ in range(2):
+                found.append(model(input_ids=ids[:, 7:], cache=cache, position_ids=torch.tensor([[7]])).logits)
+        assert torch.allclose(found[0], found[2], atol=1e-4)
+        assert torch.allclose(found[1], found[3], atol=1e-4)
+        file = io.BytesIO()
+        torch.save(cache, file)
+        file.seek(0)
+        read = torch.load(file, weights_only=False)
+        assert torch.equal(read.layers[1].values, cache.layers[1].values)
+        again = [model(input_ids=ids[:, :1], cache=c).logits for c in (read, copy.deepcopy(cache), cache)]
+        assert torch.equal(again[0], again[2])
+        assert torch.equal(again[1], again[2])
+        buffer = weakref.ref(cache.layers[0].buffer)
+        del cache, layer
+        gc.collect()
+        assert buffer() is None

@@ -58,6 +58,7 @@ def test_a_table_chooses_the_path_and_the_environment_goes_before_it(
     ("content", "said"),
     [
         ("{", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
         (json.dumps({"schema": 2, "paths": {}}), "no table"),
         (json.dumps({"schema": 1, "paths": {CASE: "gpu"}}), "no table"),
         (json.dumps({"schema": 1, "machine": {"cpu": "another"}, "paths": {CASE: "tiled"}}), "another machine"),

@@ -167,6 +167,17 @@ def test_a_tied_table_is_one_tensor_for_both(pico: Callable[..., Path], tmp_path
         assert torch.equal(compress.load(tmp_path / "saved")(torch.tensor(IDS)).logits, want)
 
 
+@pytest.mark.parametrize("beyond", [-1, -100, 128])
+def test_a_token_beyond_the_table_is_an_error_as_in_torch(beyond: int, pico: Callable[..., Path], tmp_path: Path) -> None:
+    compress.quantize(pico("llama"), "rtn", tmp_path / "out", group_size=32, lm_head_bits=8)
+    model = compress.load(tmp_path / "out")
+    for embedding in (model.get_input_embeddings(), torch.nn.Embedding(128, 64)):
+        assert embedding(torch.tensor([[0, 127]])).shape == (1, 2, 64)
+        assert embedding(torch.zeros(1, 0, dtype=torch.int64)).shape == (1, 0, 64)
+        with pytest.raises(IndexError):
+            embedding(torch.tensor([[5, beyond]]))
+
+
 def test_from_pretrained_reads_a_tied_table_after_register(pico: Callable[..., Path], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

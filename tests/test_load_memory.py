@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from compress_kernels import native
 from safetensors.torch import load_file
 
 import compress
+from compress.errors import CompressError
 from compress.modules import CompressedWeight
 
 IDS = torch.tensor([[5, 17, 99, 64, 33, 21, 8]])
@@ -141,6 +143,43 @@ def test_a_file_that_was_written_to_in_memory_is_not_read_again(artifact: Callab
     changed.fill_(1)
     assert bool((copy.deepcopy(model).get_buffer(name) == 1).all())
     assert not bool((load_file(folder / "model.safetensors")[name] == 1).all())
+    module = model.get_submodule(name.rpartition(".")[0])
+    assert float(module.dense_weight().abs().max()) <= 16  # codes times 1
+    assert torch.equal(module.dense_weight(), module.dense_weight().round())
+    assert bool((model.float().get_buffer(name) == 1).all())
+    assert bool((model.bfloat16().get_buffer(name) == 1).all())
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_file_that_is_written_over_in_place_is_an_error_not_other_numbers(
+    cut: bool, pico: Callable[..., Path], tmp_path: Path
+) -> None:
+    from test_heads import tied
+
+    compress.quantize(tied(pico("llama"), tmp_path), "rtn", tmp_path / "out", group_size=32, lm_head_bits=8)
+    model, file = compress.load(tmp_path / "out", dtype=torch.bfloat16), tmp_path / "out" / "model.safetensors"
+    want, module = logits(model), model.model.layers[0].self_attn.q_proj
+    product = module(torch.ones(1, 64))
+    with file.open("r+b") as opened:
+        opened.write(bytes(file.stat().st_size))
+    os.utime(file, ns=(1, 1))  # clocks of file systems are coarse
+    if cut:
+        os.truncate(file, 4096)
+    uses: list[Callable[[], Any]] = [
+        lambda: logits(model), model.state_dict, module.dense_weight, lambda: copy.deepcopy(model), lambda: pickle.dumps(module),
+        lambda: module(torch.zeros(17, 64)), model.float,
+    ]  # fmt: skip
+    for use in uses:
+        with pytest.raises(CompressError, match="was written to while its model was in use"):
+            use()
+    assert torch.equal(module(torch.ones(1, 64)), product)  # nothing of the file is needed for this
+    shutil.rmtree(file.parent)
+    compress.quantize(tmp_path / "tied", "rtn", tmp_path / "out", group_size=32, lm_head_bits=8)
+    model, other = compress.load(tmp_path / "out", dtype=torch.bfloat16), tmp_path / "other"
+    shutil.copy(file, other)
+    other.write_bytes(bytes(100))
+    other.replace(file)  # another file in its place
+    assert torch.equal(logits(model), want)
 
 
 def test_from_pretrained_puts_them_aside_too(artifact: Callable[[str], Path]) -> None:

@@ -1,8 +1,8 @@
 """Tensors of a weight file as mapped pages: they take memory only while somebody reads them, and the system takes it back.
 
 A loaded model reads its tensors with `pread` (reader.py); what its kernels do not need afterwards is put aside as such a tensor.
-The file stays open: an artifact that is replaced or removed while a model is loaded does not change the model. Pages are private:
-writing to a tensor changes no file.
+The file stays open: an artifact that is replaced or removed while a model is loaded does not change the model. One that is written
+over in place (`cp` onto it) would; `check` makes that an error. Pages are private: writing to a tensor changes no file.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from compress.errors import CompressError
 
 logger = logging.getLogger(__name__)
 
+
 class MappedFile:
     """One open weight file. Copies of a model share it; a pickled model does not have it."""
 
@@ -32,6 +33,16 @@ class MappedFile:
         flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
         self._pages = mmap.mmap(self._fd, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         self.path = path
+        self._stamp = self._now()
+
+    def _now(self) -> tuple[int, int]:
+        found = os.fstat(self._fd)
+        return found.st_size, found.st_mtime_ns
+
+    def check(self) -> None:
+        """Raise where somebody wrote to the file since it was opened: its pages are other numbers then, or a bus error."""
+        if self._now() != self._stamp:
+            raise CompressError(f"{self.path}: was written to while its model was in use", hint="load the model again")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MappedFile:
         return self
@@ -54,6 +65,7 @@ class MappedFile:
             if got == 0:
                 raise CompressError(f"{self.path}: was cut off while its model was in use", hint="load the model again")
             done += got
+        self.check()
         return out
 
 

@@ -97,10 +97,12 @@ class Decoding:
                 for layer in layers:
                     layer.make_room(1)
             buffers = [layer.buffer for layer in layers]
+            shape = (2, B, plan.decoder.shape.kv_heads, layers[0].capacity, plan.decoder.shape.head_dim)
+            if not _fits(buffers[0], shape, plan.dtype) or (buffers[0].requires_grad and torch.is_grad_enabled()):
+                return None
             held = layers[0].held
-            if held is None or not all(map(is_, buffers, held[0])):
-                like = {(b.shape, b.dtype, b.is_contiguous()) for b in buffers}
-                if len(like) > 1 or buffers[0].shape[1] != B or buffers[0].dtype != plan.dtype or not buffers[0].is_contiguous():
+            if held is None or len(held[0]) != len(buffers) or not all(map(is_, buffers, held[0])):
+                if not all(_fits(b, shape, plan.dtype) for b in buffers):
                     return None
                 held = layers[0].held = buffers, kernel.pointers(buffers)
             cos, sin = plan.rope.at(positions)
@@ -112,6 +114,11 @@ class Decoding:
 
     def __reduce__(self) -> Any:
         return Decoding, (self.model,)
+
+
+def _fits(buffer: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether the kernel can read and write a cache's buffer: it is handed an address alone."""
+    return buffer.shape == shape and buffer.dtype == dtype and buffer.is_contiguous()
 
 
 def _state(model: Any) -> str:

@@ -33,9 +33,32 @@ class Growing:
     def keys(self) -> torch.Tensor | None:
         return None if self.buffer is None else self.buffer[0, :, :, : self.length]
 
+    @keys.setter
+    def keys(self, keys: torch.Tensor | None) -> None:
+        self._plain().keys = keys
+
     @property
     def values(self) -> torch.Tensor | None:
         return None if self.buffer is None else self.buffer[1, :, :, : self.length]
+
+    @values.setter
+    def values(self, values: torch.Tensor | None) -> None:
+        self._plain().values = values
+
+    def _plain(self) -> Any:
+        """This layer as transformers' own, for somebody who puts tensors of his into it."""
+        from transformers.cache_utils import DynamicLayer
+
+        plain: Any = self
+        keys, values = self.keys, self.values
+        del plain.buffer, plain.length, plain.held
+        plain.__class__ = DynamicLayer
+        plain.keys, plain.values = keys, values
+        return plain
+
+    def __reduce__(self) -> Any:
+        keys, values = self.keys, self.values
+        return _restored, (None if keys is None else keys.clone(), None if values is None else values.clone())
 
     @property
     def capacity(self) -> int:
@@ -63,8 +86,16 @@ class Growing:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         count = key_states.shape[-2]
-        self.make_room(count)
         assert self.buffer is not None
+        if len(key_states) != self.buffer.shape[1]:
+            raise ValueError(f"keys of {len(key_states)} texts for a cache of {self.buffer.shape[1]}")
+        new = self.buffer, key_states, value_states
+        if len({t.dtype for t in new}) > 1 or (torch.is_grad_enabled() and any(t.requires_grad for t in new)):
+            # autograd may need the old buffer as it was
+            self.buffer = torch.cat([self.buffer[:, :, :, : self.length], torch.stack([key_states, value_states])], 3)
+            self.length += count
+            return self.keys, self.values
+        self.make_room(count)
         self.buffer[0, :, :, self.length : self.length + count] = key_states
         self.buffer[1, :, :, self.length : self.length + count] = value_states
         self.length += count
@@ -98,7 +129,12 @@ def growing_layer() -> Any:
     """`Growing` as one of transformers' layers, which is imported here."""
     from transformers.cache_utils import DynamicLayer
 
-    return type("GrowingLayer", (Growing, DynamicLayer), {})
+    own = {name: value for name, value in vars(Growing).items() if name not in ("__dict__", "__weakref__")}
+    return type("GrowingLayer", (DynamicLayer,), own)  # of one base, so that `_plain` can take it away
+
+
+def _restored(keys: torch.Tensor | None, values: torch.Tensor | None) -> Any:
+    return growing_layer()(keys, values)
 
 
 def adopt(cache: Any, blocks: int) -> bool:

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from compress_kernels import block as kernel
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from compress.modules import CompressedLinear, TiedLinear
 
 CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not change with the length of the text
+# transformers' own, which all compute the same; another one may be anything
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 
 _TABLE = 1 << 17  # positions that are kept
 
@@ -150,7 +153,6 @@ class Plan:
         self._hooks = [h for m in inside for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._instances = [vars(m) for m in inside]
         self._config = model.config
-        self._frozen = not any(t.requires_grad for t in self._tensors)
 
     def holds(self) -> bool:
         """Whether nothing that the decoder stands for was replaced, moved or prepared again since."""
@@ -164,8 +166,12 @@ class Plan:
         """Why the model's own forward must run although the decoder could."""
         if any(map(contains, self._instances, repeat("forward"))) or (any(self._hooks) and any(map(_acts, self._hooks))):
             return "modules have hooks"
+        if _has_any_global_hook():
+            return "modules have hooks"
         if self._config.output_hidden_states or self._config.output_attentions:
             return "its config asks for hidden states or attentions"
-        if not self._frozen and torch.is_grad_enabled():
+        if self._config._attn_implementation not in ATTENTIONS:
+            return f"its attention is {self._config._attn_implementation}"
+        if torch.is_grad_enabled() and any(t.requires_grad for t in self._tensors):
             return "weights require gradients"
         return None

@@ -85,7 +85,7 @@ def read(where: Path) -> Mapping[str, str]:
         found = json.loads(where.read_text())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         logger.warning("%s cannot be read (%s) and is left alone: compress bench tune writes it again", where, error)
         return {}
     paths = found.get("paths") if isinstance(found, dict) else None
