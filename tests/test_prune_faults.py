@@ -14,6 +14,7 @@ from conftest import Outcome, tree
 from safetensors.torch import load_file, save_file
 
 import compress
+from compress import audit
 from compress.checkpoint import manifest
 from compress.errors import CompressError
 from compress.methods import dpruner
@@ -372,3 +373,10 @@ def test_fp32_values_beyond_fp16_are_an_error_that_says_what_to_do(pico: Callabl
     assert "bfloat16" in str(error.value.hint)
     compress.prune(model, "magnitude", tmp_path / "dense", format="dense")
     assert float(load_file(tmp_path / "dense" / "model.safetensors")["model.layers.1.mlp.up_proj.weight"][0, 0]) == 70_000.0
+
+
+def test_a_last_block_of_one_column_is_written_and_read(pico: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    """64 inputs in blocks of 7 leave one: a tensor of a single element, with the stride of what it was cut from."""
+    compress.prune(pico("llama"), "armor", tmp_path / "out", block=7, ragged=True, dataset=text, nsamples=2, seqlen=32)
+    assert audit.verify(tmp_path / "out") == []
+    assert torch.isfinite(compress.load(tmp_path / "out")(torch.tensor([[5, 17, 99]])).logits).all()

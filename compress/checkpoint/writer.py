@@ -146,7 +146,10 @@ class CheckpointWriter:
     def write_piece(self, name: str, start: int, piece: torch.Tensor) -> None:
         """Write elements `start`… of a tensor from a contiguous piece."""
         shard = self._where[name]
-        view = memoryview(piece.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        flat = piece.detach().cpu().contiguous().view(-1)
+        if flat.stride() != (1,):  # a single element may have any and be contiguous
+            flat = flat.clone(memory_format=torch.contiguous_format)
+        view = memoryview(flat.view(torch.uint8).numpy())
         offset = shard.offsets[name] + start * piece.element_size()
         with disk_errors(self.folder / shard.file):
             fd = self._fd(shard)
