@@ -35,10 +35,10 @@ def stream(
         with network.bundle.companions(task) as own:
             tokenizer = load_tokenizer(own)
     inputs = _encode(tokenizer, prompt, chat, folder)
-    if not chat:
-        yield prompt
+    start = "" if chat else prompt
     inputs = {k: v.to(network.device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
     if loop.usable(network) is None:
+        yield start
         yield from _native(network, tokenizer, inputs["input_ids"], max_new_tokens, temperature, seed)
         return
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -56,7 +56,9 @@ def stream(
 
     thread = Thread(target=work, daemon=True)
     thread.start()
-    yield from streamer
+    for piece in streamer:
+        yield start + piece  # the prompt only now: what the first step logs comes before it, not behind it in one line
+        start = ""
     thread.join()
     if failure:
         raise failure[0]

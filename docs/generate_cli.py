@@ -60,7 +60,7 @@ def page() -> str:
         if verb in ("quantize", "prune", "factorize", "bundle", "merge"):
             parts += [_section(f"compress {verb} -m {name}", own_options(verb, name), 3) for name in registry.methods(verb)]
         if verb == "bench":
-            parts += [_section(f"compress bench {name}", help_text("bench", name), 3) for name in ("kernels", "model")]
+            parts += [_section(f"compress bench {name}", help_text("bench", name), 3) for name in ("kernels", "tune", "model")]
     return "\n".join(parts)
 
 

@@ -9,7 +9,7 @@ import sys
 from typing import NoReturn
 
 _GO_ON = "run the same command again to go on where it stopped"
-HELP = "Compress large language models after training: quantize, inspect, verify, evaluate, run."
+HELP = "Compress large language models after training: quantize, prune, factorize, bundle, verify, evaluate, run."
 
 
 def _normalise(args: list[str]) -> list[str]:
