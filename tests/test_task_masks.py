@@ -508,7 +508,8 @@ def test_a_mixed_batch_equals_the_dense_weights_and_the_loop(are_signs: bool, dt
         assert float((y[i].float() - want).norm() / want.norm()) < tolerance
         alone = kernel.linear(x[i : i + 1], W0, bias, shared, owned, are_signs, [task])
         assert torch.allclose(alone[0], y[i], rtol=tolerance, atol=tolerance)
-    assert torch.equal(y[1], torch.nn.functional.linear(x, W0, bias)[1])
+    base = torch.nn.functional.linear(x[1], W0, bias)  # up to the order of summation, as one pass serves all rows
+    assert float((y[1] - base).float().norm() / base.float().norm()) < tolerance
     flat = kernel.linear(x.view(15, 70), W0, bias, shared, owned, are_signs, tasks)
     assert torch.allclose(flat.view(5, 3, 37), y, rtol=tolerance, atol=tolerance)
 
@@ -519,7 +520,8 @@ def test_an_empty_mask_is_the_base_and_a_full_one_the_merged_weight() -> None:
     none = kernel.Delta(masked_delta.pack_mask(torch.zeros(37, 70, dtype=torch.bool)), 1.0)
     full = kernel.Delta(masked_delta.pack_mask(torch.ones(37, 70, dtype=torch.bool)), 1.0)
     y = kernel.linear(x, W0, None, shared, {"e": none, "f": full}, False, ["e", "f"])
-    assert torch.equal(y[0], torch.nn.functional.linear(x, W0)[0])
+    base = torch.nn.functional.linear(x[0], W0)
+    assert float((y[0] - base).float().norm() / base.float().norm()) < 6e-3
     want = x[1].float() @ (W0.float() + kernel.decode_shared(shared, 70)).T
     assert float((y[1].float() - want).norm() / want.norm()) < 6e-3
 
