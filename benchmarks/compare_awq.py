@@ -63,13 +63,14 @@ def ours(model: Path, threads: int, **options: Any) -> dict[str, Any]:
 
 
 def peer(
-    python: str, model: Path, threads: int, method: str, bits: int, group_size: int, symmetric: bool = False
+    python: str, model: Path, threads: int, method: str, bits: int, group_size: int, symmetric: bool = False,
+    calibration: Path = CALIBRATION, text: Path = TEXT, extra: tuple[str, ...] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """The same job with llm-compressor."""
+    """The same job with llm-compressor; `extra` are further arguments of peers/llmcompressor_job.py."""
     script = ROOT / "benchmarks" / "peers" / "llmcompressor_job.py"
     args = [python, str(script), "--model", str(model), "--method", method, "--bits", str(bits), "--group-size", str(group_size),
-            "--symmetric" if symmetric else "--asymmetric", "--calibration", str(CALIBRATION), "--text", str(TEXT), "--threads",
-            str(threads), "--json"]  # fmt: skip
+            "--symmetric" if symmetric else "--asymmetric", "--calibration", str(calibration), "--text", str(text), "--threads",
+            str(threads), "--json", *extra]  # fmt: skip
     return last_json(args, threads)
 
 

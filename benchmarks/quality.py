@@ -22,6 +22,7 @@ from typing import Any
 
 from compare_awq import peer
 from jsonl import append, load
+from transformers import AutoTokenizer
 
 import compress
 from compress.fit import dry_run
@@ -107,13 +108,13 @@ def main() -> None:
             note(label, name, bits, False, what, lambda m=method, b=bits, o=options: measure(m, b, False, what, **o))
         return
     for bits in args.bits:
-        peers = ("llm-compressor gptq", "llm-compressor awq") if args.peer_python and not args.stories and not args.only else ()
+        peers = ("llm-compressor gptq", "llm-compressor awq") if args.peer_python and not args.only else ()
         for name in (*wanted, *peers):
             if name in JOBS:
                 method, options = JOBS[name]
                 run = lambda m=method, b=bits, o=options: measure(m, b, args.symmetric, what, **o)  # noqa: E731
             else:
-                run = lambda n=name, b=bits: theirs(args, n.split()[1], b, what["group_size"])  # noqa: E731
+                run = lambda n=name, b=bits: theirs(args, n.split()[1], b, what)  # noqa: E731
             note(label, name, bits, args.symmetric, what, run)
 
 
@@ -126,9 +127,15 @@ def rounded(label: str, method: str, head: int | None, what: dict[str, Any]) -> 
     return {key: before[-1][key] for key in ("perplexity", "seconds")} | {"bytes": size}
 
 
-def theirs(args: argparse.Namespace, method: str, bits: int, group_size: int) -> dict[str, Any]:
-    """One job of the peer."""
-    found = peer(args.peer_python, args.model, 2, method, bits, group_size, args.symmetric)
+def theirs(args: argparse.Namespace, method: str, bits: int, what: dict[str, Any]) -> dict[str, Any]:
+    """One job of the peer, on the same windows."""
+    extra: dict[str, Any] = {}
+    if args.stories:
+        data = what["data"]
+        ids = AutoTokenizer.from_pretrained(what["model"])(what["text"].read_text(), add_special_tokens=False)["input_ids"]
+        windows = ("--nsamples", data["nsamples"], "--seqlen", data["seqlen"], "--eval-seqlen", 256, "--windows", len(ids) // 256)
+        extra = {"calibration": data["dataset"], "text": what["text"], "extra": tuple(map(str, windows))}
+    found = peer(args.peer_python, what["model"], 2, method, bits, what["group_size"], args.symmetric, **extra)
     return {k: found[k] for k in ("perplexity", "seconds")}
 
 
