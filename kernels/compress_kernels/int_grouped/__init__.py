@@ -69,19 +69,12 @@ def prepare(
     if words.device.type != "cpu":
         reasons["triton"] = why
     unable = "exact results were asked for" if exact else cpu_int4.can_run(bits, group_size, shape, dtype, words.device)
-    chosen, because = choose("int_grouped", bits, dtype, shape, exact, unable)
-    for path in ("cpu-exact",) if exact or dtype == torch.float32 else ("cpu", "cpu-exact"):
-        why = cpu.can_run(bits, group_size, shape, dtype, words.device)
-        if exact and chosen != path:
-            why = "exact results were asked for"
-        if why is None and chosen not in (None, path):
-            why = because
-        if why is None:
-            native = cpu.prepare(words, scale, zero, shape, bits, exact=path == "cpu-exact")
-            return Prepared(path, bits, group_size, tensors if native.exact else {}, native=native, reasons=reasons)
-        reasons[path] = why
-    why = because if unable is None and chosen not in (None, "int4pack") else unable
-    if why is None:
+    path, why_not, why = choose("int_grouped", bits, group_size, shape, dtype, words.device, exact, unable)
+    reasons |= why_not
+    if path in ("cpu", "cpu-exact"):
+        native = cpu.prepare(words, scale, zero, shape, bits, exact=path == "cpu-exact")
+        return Prepared(path, bits, group_size, tensors if native.exact else {}, native=native, reasons=reasons)
+    if path == "int4pack":
         int4 = cpu_int4.prepare(words, scale, zero, shape)
         return Prepared("int4pack", bits, group_size, tensors, int4=int4, reasons=reasons)
     _say_once("int4pack" if words.device.type == "cpu" else "triton", reasons.get("triton", why))
@@ -89,6 +82,29 @@ def prepare(
 
 
 def choose(
+    kind: str, bits: int, group_size: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, exact: bool,
+    unable: str | None,
+) -> tuple[str, dict[str, str], str]:  # fmt: skip
+    """The path off a GPU, why the C++ ones before it do not run, and why int4pack does not (empty where it was not asked).
+
+    `unable` says why int4pack cannot run.
+    """
+    chosen, because = _wanted(kind, bits, dtype, shape, exact, unable)
+    reasons: dict[str, str] = {}
+    for path in ("cpu-exact",) if exact or dtype == torch.float32 else ("cpu", "cpu-exact"):
+        why = cpu.can_run(bits, group_size, shape, dtype, device)
+        if exact and chosen != path:
+            why = "exact results were asked for"
+        if why is None and chosen not in (None, path):
+            why = because
+        if why is None:
+            return path, reasons, ""
+        reasons[path] = why
+    why = because if unable is None and chosen not in (None, "int4pack") else unable
+    return ("int4pack", reasons, "") if why is None else ("tiled", reasons, why)
+
+
+def _wanted(
     kind: str, bits: int, dtype: torch.dtype, shape: tuple[int, int], exact: bool, unable: str | None
 ) -> tuple[str | None, str]:  # fmt: skip
     """The path that COMPRESS_BACKEND, or else this machine's table, asks for, and why the others then do not run.

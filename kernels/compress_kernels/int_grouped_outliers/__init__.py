@@ -79,20 +79,13 @@ def prepare(
     if words.device.type != "cpu":
         reasons["triton"] = why
     unable = "exact results were asked for" if exact else _why_not(bits, group_size, shape, dtype, words.device, second)
-    chosen, because = choose("int_grouped_outliers", bits, dtype, shape, exact, unable)
-    for path in ("cpu-exact",) if exact or dtype == torch.float32 else ("cpu", "cpu-exact"):
-        why = cpu.can_run(bits, group_size, shape, dtype, words.device)
-        if exact and chosen != path:
-            why = "exact results were asked for"
-        if why is None and chosen not in (None, path):
-            why = because
-        if why is None:
-            scale = reference.stored_scales(tensors, shape[0])
-            native = cpu.prepare(words, scale, zero, shape, bits, exact=path == "cpu-exact", outliers=outliers)
-            return Prepared(path, bits, group_size, rows, tensors if native.exact else {}, native=native, reasons=reasons)
-        reasons[path] = why
-    why = because if unable is None and chosen not in (None, "int4pack") else unable
-    if why is not None:
+    path, why_not, why = choose("int_grouped_outliers", bits, group_size, shape, dtype, words.device, exact, unable)
+    reasons |= why_not
+    if path in ("cpu", "cpu-exact"):
+        scale = reference.stored_scales(tensors, shape[0])
+        native = cpu.prepare(words, scale, zero, shape, bits, exact=path == "cpu-exact", outliers=outliers)
+        return Prepared(path, bits, group_size, rows, tensors if native.exact else {}, native=native, reasons=reasons)
+    if path == "tiled":
         _say_once(FAST if words.device.type == "cpu" else "triton", reasons.get("triton", why))
         return Prepared("tiled", bits, group_size, rows, tensors, _parts(tensors, rows), reasons={**reasons, FAST: why})
     int4 = cpu_int4.prepare(words, tensors["weight_scale"], zero, shape)
