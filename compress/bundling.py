@@ -114,26 +114,39 @@ def _prepare(
     progress: Callable[[Progress], None] | None, options: Mapping[str, Any],
 ) -> _Job:  # fmt: skip
     """Check everything that headers tell."""
-    module = registry.load("methods", method)
-    if registry.verb(method) != "bundle":
-        why, hint = f"{method} is a method of compress {registry.verb(method)}, not of bundle", "compress methods lists them"
-        raise CompressError(why, hint=hint, usage=True)
-    config = make_config(module, options)
-    first = tensors.open_source(base, _name(base))
-    tunes = [tensors.open_source(path, name, first) for name, path in tensors.named(finetunes).items()]
+    module, config, first, tunes = opened("bundle", base, finetunes, method, options)
     test = matcher(tuple(ignore))
     found = tensors.items(first, tunes, lambda n: bool(test(n) or test(n.removesuffix(".weight"))), config.embeddings)
     for pattern in ignore:
         if not any(pattern in (*test(i.name), *test(i.name.removesuffix(".weight"))) for i in found):
             raise CompressError(f"--ignore {pattern!r} matches no tensor", hint=f"names look like {found[-1].name}", usage=True)
     place = devices.pick(device)
-    facts = {
-        "tool": f"{TOOL} {versions()[TOOL]}", "format": "bundle", "method": method.replace("-", "_").lower(),
-        "config": planes.settings(config), "source": _origin(first), "seed": None, "calibration_sha256": None,
-        "versions": versions(), "extra": [], "linears": {}, "search": [], "ignore": list(ignore),
-        "finetunes": {t.name: _origin(t) for t in tunes}, "include_base": include_base, "device": place.split(":")[0],
-    }  # fmt: skip
+    facts = known(first, tunes, method, config, "bundle", ignore)
+    facts |= {"include_base": include_base, "device": place.split(":")[0]}
     return _Job(first, tunes, found, str(facts["method"]), module, config, place, max_shard, include_base, progress, facts)
+
+
+def opened(
+    verb: str, base: str | Path, finetunes: Tunes, method: str, options: Mapping[str, Any]
+) -> tuple[ModuleType, Any, Source, list[Source]]:  # fmt: skip
+    """A method of `verb` and its config, the base and the fine-tunes."""
+    module = registry.load("methods", method)
+    if registry.verb(method) != verb:
+        why, hint = f"{method} is a method of compress {registry.verb(method)}, not of {verb}", "compress methods lists them"
+        raise CompressError(why, hint=hint, usage=True)
+    config = make_config(module, options)
+    first = tensors.open_source(base, _name(base))
+    return module, config, first, [tensors.open_source(path, name, first) for name, path in tensors.named(finetunes).items()]
+
+
+def known(base: Source, tunes: Sequence[Source], method: str, config: Any, form: str, ignore: Sequence[str]) -> dict[str, Any]:
+    """What the manifest of a job over several checkpoints says before any work."""
+    return {
+        "tool": f"{TOOL} {versions()[TOOL]}", "format": form, "method": method.replace("-", "_").lower(),
+        "config": planes.settings(config), "source": _origin(base), "seed": None, "calibration_sha256": None,
+        "versions": versions(), "extra": [], "linears": {}, "search": [], "ignore": list(ignore),
+        "finetunes": {t.name: _origin(t) for t in tunes},
+    }  # fmt: skip
 
 
 def _name(model: str | Path) -> str:

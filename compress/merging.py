@@ -12,18 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress import devices, registry
-from compress.bundling import Tunes, _name, _origin
+from compress import devices
+from compress.bundling import Tunes, known, opened
 from compress.checkpoint import manifest, source
 from compress.checkpoint.writer import MAX_SHARD, disk_errors, fsync_folder, plan_shards, write_file
 from compress.errors import CompressError
-from compress.fit import versions
-from compress.job import make_config
 from compress.methods import _taskmask
-from compress.pipeline import artifact, memory, planes, tensors
+from compress.pipeline import artifact, memory, tensors
 from compress.pipeline.blend import Blend
 from compress.pipeline.layout import matcher
-from compress.pipeline.places import TOOL, already_done, check_space, places
+from compress.pipeline.places import already_done, check_space, places
 from compress.pipeline.resume import WorkDir, fingerprint, may_replace, tidy
 from compress.types import Progress
 
@@ -91,13 +89,7 @@ def _prepare(
     validation: Mapping[str, str | Path] | None, options: Mapping[str, Any],
 ) -> tuple[Blend, dict[str, Any], dict[str, Path]]:  # fmt: skip
     """Check everything that headers tell."""
-    module = registry.load("methods", method)
-    if registry.verb(method) != "merge":
-        why, hint = f"{method} is a method of compress {registry.verb(method)}, not of merge", "compress methods lists them"
-        raise CompressError(why, hint=hint, usage=True)
-    config = make_config(module, options)
-    first = tensors.open_source(base, _name(base))
-    tunes = [tensors.open_source(path, name, first) for name, path in tensors.named(finetunes).items()]
+    module, config, first, tunes = opened("merge", base, finetunes, method, options)
     test = matcher(tuple(ignore))
     found = tensors.items(first, tunes, lambda n: bool(test(n) or test(n.removesuffix(".weight"))), vectors=True)
     _refuse_unequal(first, tunes, found)
@@ -107,13 +99,8 @@ def _prepare(
         odd = sorted(set(texts) ^ set(names))[0]
         raise CompressError(f"--validation: {odd} has no text or is no task", hint=f"tasks: {', '.join(names)}", usage=True)
     place = devices.pick(device)
-    facts = {
-        "tool": f"{TOOL} {versions()[TOOL]}", "format": "dense", "method": method.replace("-", "_").lower(),
-        "config": planes.settings(config), "source": _origin(first), "seed": None, "calibration_sha256": None,
-        "versions": versions(), "extra": [], "linears": {}, "search": [], "ignore": list(ignore),
-        "finetunes": {t.name: _origin(t) for t in tunes}, "device": place.split(":")[0],
-        "validation": {n: source.sha256(p) for n, p in texts.items()} or None,
-    }  # fmt: skip
+    facts = known(first, tunes, method, config, "dense", ignore)
+    facts |= {"device": place.split(":")[0], "validation": {n: source.sha256(p) for n, p in texts.items()} or None}
     return Blend(first, tunes, found, module, config, place), facts, texts
 
 
