@@ -84,19 +84,9 @@ def worker(kind: str, folder: str, threads: int, prompt: int, tokens: int) -> No
 
 
 def _generate(model: Any, ids: Any, tokens: int) -> tuple[float, float]:
-    import torch
+    from compress.timing import stamps
 
-    times = [time.perf_counter()]
-
-    class Clock:
-        def put(self, value: object) -> None:
-            times.append(time.perf_counter())
-
-        def end(self) -> None:
-            pass
-
-    options = {"do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0, "streamer": Clock()}
-    model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, **options)
+    times = stamps(model, ids, tokens)
     return times[2] - times[0], times[-1] - times[2]  # times[1] is the prompt's
 
 

@@ -276,9 +276,9 @@ def _timed(owner: Any, name: str, seen: list[float]) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def _per_token(network: Any, ids: torch.Tensor, tokens: int) -> float:
-    """Median ms between the tokens that `generate` hands out, the first after the prompt left out."""
-    times: list[float] = []
+def stamps(network: Any, ids: torch.Tensor, tokens: int) -> list[float]:
+    """Seconds at which greedy `generate` begins, hands out the prompt ids (1, T), and hands out each new token."""
+    times = [time.perf_counter()]
 
     class Clock:
         def put(self, value: object) -> None:
@@ -289,7 +289,12 @@ def _per_token(network: Any, ids: torch.Tensor, tokens: int) -> float:
 
     options = {"do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0, "streamer": Clock()}
     network.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, **options)
-    return median(b - a for a, b in pairwise(times[2:])) * 1e3
+    return times
+
+
+def _per_token(network: Any, ids: torch.Tensor, tokens: int) -> float:
+    """Median ms between the tokens that `generate` hands out, the first after the prompt left out."""
+    return median(b - a for a, b in pairwise(stamps(network, ids, tokens)[3:])) * 1e3
 
 
 def _held(network: torch.nn.Module) -> int:
