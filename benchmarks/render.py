@@ -15,6 +15,8 @@ from typing import Any
 
 from jsonl import load
 
+from compress.cli.benchmarks import draw
+
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE / "results" / "kernels.jsonl"
 PAGE = HERE / "README.md"
@@ -75,26 +77,16 @@ def page(rows: list[Row]) -> str:
 
 def plot(rows: list[Row]) -> None:
     """A panel per shape, of the smallest number of threads measured."""
-    import matplotlib.pyplot as plt
-
     found = latest(rows)
     fewest = min(threads for threads, _ in found)
-    panels = {shape: kinds for (threads, shape), kinds in sorted(found.items()) if threads == fewest}
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False, sharey=True)
-    for axis, (shape, kinds) in zip(axes[0], panels.items(), strict=True):
-        for i, (kind, part) in enumerate(kinds.items()):
-            counts = sorted(part)
-            style = {"color": plt.get_cmap("tab20")(i % 20), "marker": "o", "markersize": 3, "label": kind}
-            axis.plot(counts, [part[n]["dense_ms"] / part[n]["ms"] for n in counts], **style)
-        axis.axhline(1.0, color="grey", linewidth=0.8)
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log", base=2)
-        axis.set_title(f"{shape}, {fewest} thread{'s' * (fewest > 1)}")
-        axis.set_xlabel("rows of x")
-    axes[0][0].set_ylabel("speed-up over dense bf16")
-    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    figure.tight_layout()
-    figure.savefig(PLOT, dpi=110)
+    panels = {
+        f"{shape}, {threads} thread{'s' * (threads > 1)}": {
+            kind: {n: row["dense_ms"] / row["ms"] for n, row in part.items()} for kind, part in kinds.items()
+        }
+        for (threads, shape), kinds in sorted(found.items())
+        if threads == fewest
+    }
+    draw(panels, PLOT)
 
 
 if __name__ == "__main__":

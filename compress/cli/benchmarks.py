@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,10 +36,7 @@ def bench_kernels(
     log.configure(debug)
     if threads is not None:
         torch.set_num_threads(threads)
-    try:
-        tokens = [int(n) for n in rows.split(",")]
-    except ValueError as error:
-        raise CompressError(f"--rows {rows!r} is no list of numbers", hint="--rows 1,16", usage=True) from error
+    tokens = _numbers("--rows", rows, "1,16")
     if min(tokens) < 1 or not seconds > 0:
         raise CompressError("--rows and --seconds must be above 0", hint="--rows 1,16 --seconds 2", usage=True)
     found = []
@@ -58,35 +56,50 @@ def bench_kernels(
         with out.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in found)
     if plot is not None:
-        _plot(found, plot)
+        panels: dict[str, dict[str, dict[int, float]]] = {}
+        for r in found:
+            panels.setdefault("x".join(map(str, r["shape"])), {}).setdefault(r["kind"], {})[r["rows"]] = r["speedup"]
+        draw(panels, plot)
 
 
 def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Speed-up over tokens, a panel per shape."""
+def _numbers(option: str, text: str, example: str) -> list[int]:
     from compress.errors import CompressError
 
     try:
-        import matplotlib.pyplot as plt
+        return [int(n) for n in text.split(",")]
+    except ValueError as error:
+        raise CompressError(f"{option} {text!r} is no list of numbers", hint=f"{option} {example}", usage=True) from error
+
+
+def draw(panels: Mapping[str, Mapping[str, Mapping[int, float]]], path: Path, title: str = "") -> None:
+    """Write a picture of speed-ups over dense bf16, panel -> kind -> rows of x -> speed-up."""
+    from compress.errors import CompressError
+
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
     except ImportError as error:
-        raise CompressError("--plot needs matplotlib", hint="pip install matplotlib") from error
-    shapes = list(dict.fromkeys(str(r["shape"]) for r in rows))
-    figure, axes = plt.subplots(1, len(shapes), figsize=(4.5 * len(shapes), 4), squeeze=False, sharey=True)
-    for axis, shape in zip(axes[0], shapes, strict=True):
-        for kind in dict.fromkeys(r["kind"] for r in rows):
-            part = [r for r in rows if r["kind"] == kind and str(r["shape"]) == shape]
-            axis.plot([r["rows"] for r in part], [r["speedup"] for r in part], marker="o", label=str(kind))
+        raise CompressError("a plot needs matplotlib", hint="pip install matplotlib") from error
+    figure = Figure(figsize=(4.5 * len(panels), 4))
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, (name, kinds) in zip(axes, panels.items(), strict=True):
+        for i, (kind, points) in enumerate(kinds.items()):
+            style = {"color": colormaps["tab20"](i % 20), "marker": "o", "markersize": 3, "label": kind}
+            axis.plot(sorted(points), [points[n] for n in sorted(points)], **style)
         axis.axhline(1.0, color="grey", linewidth=0.8)
         axis.set_xscale("log", base=2)
-        axis.set_title(shape)
-        axis.set_xlabel("tokens")
-    axes[0][0].set_ylabel("speed-up over dense bf16")
-    axes[0][-1].legend(fontsize=8)
+        axis.set_yscale("log", base=2)
+        axis.set_title(name)
+        axis.set_xlabel("rows of x")
+    axes[0].set_ylabel("speed-up over dense bf16")
+    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    figure.suptitle(title)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
 
 
 @bench.command("tune")
@@ -135,13 +148,9 @@ def bench_model(
 ) -> None:
     """Prefill and decode speed, time to the first token, and memory, each model in a process of its own."""
     from compress import log
-    from compress.errors import CompressError
 
     log.configure(debug)
-    try:
-        sizes = [int(n) for n in batches.split(",")]
-    except ValueError as error:
-        raise CompressError(f"--batches {batches!r} is no list of numbers", hint="--batches 1,8", usage=True) from error
+    sizes = _numbers("--batches", batches, "1,8")
     options: dict[str, Any] = {"prompt": prompt, "tokens": tokens, "dtype": dtype}
     function = "profile" if profile else "model"
     if not profile:
