@@ -182,3 +182,17 @@ for number in range(count or 1):
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file of a folder by relative name."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def rows_and_threads_change_no_bit(product: Callable[[Any], Any], x: Any) -> None:
+    """The product of x (M, I) equals those of its rows, and that with two threads, bit for bit."""
+    import torch
+
+    whole = product(x)
+    assert torch.equal(whole, torch.cat([product(x[i : i + 1]) for i in range(len(x))]))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(whole, product(x))
+    finally:
+        torch.set_num_threads(threads)

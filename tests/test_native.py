@@ -10,7 +10,7 @@ from compress_kernels import BackendError, native
 from compress_kernels import bits as bitpack
 from compress_kernels.int_grouped import cpu
 from compress_kernels.native import masked
-from conftest import python
+from conftest import python, rows_and_threads_change_no_bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -128,14 +128,7 @@ def test_rows_of_x_and_threads_change_no_bit(isa: str) -> None:
     sparse = masked.prepare(kept, randn(int(kept.sum()), dtype=BF16))
     x = randn(17, 256)
     for product in (lambda v: cpu.linear(v, weight), lambda v: masked.linear(v, sparse)):
-        whole = product(x)
-        assert torch.equal(whole, torch.cat([product(x[i : i + 1]) for i in range(17)]))
-        threads = torch.get_num_threads()
-        try:
-            torch.set_num_threads(2)
-            assert torch.equal(whole, product(x))
-        finally:
-            torch.set_num_threads(threads)
+        rows_and_threads_change_no_bit(product, x)
 
 
 @pytest.mark.parametrize("exact", [True, False])

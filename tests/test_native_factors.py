@@ -11,6 +11,7 @@ import torch
 from compress_kernels import armor, lost, lowrank_sparse, native
 from compress_kernels import bits as bitpack
 from compress_kernels.lowrank_sparse import cpu
+from conftest import rows_and_threads_change_no_bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -178,15 +179,7 @@ def products() -> list[tuple[int, int, Callable[[torch.Tensor], torch.Tensor]]]:
 
 def test_rows_of_x_and_threads_change_no_bit(isa: str) -> None:
     for I, _, product in products():
-        x = randn(17, I)
-        whole = product(x)
-        assert torch.equal(whole, torch.cat([product(x[i : i + 1]) for i in range(17)]))
-        threads = torch.get_num_threads()
-        try:
-            torch.set_num_threads(2)
-            assert torch.equal(whole, product(x))
-        finally:
-            torch.set_num_threads(threads)
+        rows_and_threads_change_no_bit(product, randn(17, I))
 
 
 def test_rows_of_bf16_x_change_no_bit(isa: str) -> None:
