@@ -90,6 +90,30 @@ def test_masked_floats_agree_with_fp64(density: float, isa: str) -> None:
             assert relative(masked.linear(x, weight), want) < 2 * ROUNDING[dtype]  # many rows round the weights too
 
 
+def test_panels_of_many_rows_of_x_agree_with_fp64_and_with_any_batch() -> None:
+    for O, I, group in ((37, 200, 0), (5, 17, 0), (150, 2080, 0), (43, 1056, 32)):
+        kept = (torch.rand(O, I, generator=generator(O)) < 0.5).to(torch.uint8)
+        if group:
+            kept = (torch.rand(O, I // 4, 4, generator=generator(O)).argsort(-1) < 2).view(O, I).to(torch.uint8)
+            q = torch.randint(0, 16, (O, I // 2), dtype=torch.uint8, generator=generator(I))
+            weight = masked.prepare_codes(kept, q, (torch.rand(O, I // group, generator=generator()) + 0.5).bfloat16(), None)
+        else:
+            weight = masked.prepare(kept, randn(O, I, dtype=BF16)[kept.bool()])
+        W = masked.linear(torch.eye(I), weight).double().T  # exact products with ones
+        for M in (12, 17, 64, 300):
+            x = randn(M, I, dtype=BF16, seed=M)
+            y = masked.linear(x, weight)
+            assert relative(y, x.double() @ W.T) < 2 * ROUNDING[BF16], (O, I, M)
+            if masked.in_panels(x, weight):
+                assert torch.equal(y[-12:], masked.linear(x[-12:], weight))
+                threads = torch.get_num_threads()
+                try:
+                    torch.set_num_threads(2)
+                    assert torch.equal(y, masked.linear(x, weight))
+                finally:
+                    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_sparse_codes_agree_with_fp64(symmetric: bool, isa: str) -> None:
     for i, (O, I, group) in enumerate([(48, 256, 64), (33, 192, 16), (7, 96, 96)]):

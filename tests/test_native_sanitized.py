@@ -67,9 +67,10 @@ for step in range(120):
     for row in kept:
         start.append(start[-1] + sum(row))
     starts, values = (ctypes.c_int64 * (N + 1))(*start), buffer((start[-1] + 32) * size[scale_type])
-    x, y, work = buffer(M * K * size[x_type]), buffer(M * N * size[x_type]), buffer(4 * M * stride)
+    space = max(4 * M * stride, -(-M // 16) * (32 * stride + 64))
+    x, y, work = buffer(M * K * size[x_type]), buffer(M * N * size[x_type]), buffer(space)
     m = Masked(K, N, 0, scale_type, 0, at(mask), at(starts), at(values), None, None)
-    assert library.cc_masked(isa, ctypes.byref(m), ctypes.byref(Call(M, K, x_type, 2, at(x), at(y), at(work), 4 * M * stride))) == 0
+    assert library.cc_masked(isa, ctypes.byref(m), ctypes.byref(Call(M, K, x_type, 2, at(x), at(y), at(work), space))) == 0
     out = buffer(N * K * size[x_type])
     assert library.cc_masked_rows(isa, ctypes.byref(m), ctypes.c_int64(0), ctypes.c_int64(N), x_type, at(out), 2) == 0
     K = 16 * draw.randrange(1, 5)
@@ -77,14 +78,15 @@ for step in range(120):
     mask = (ctypes.c_uint8 * (N * row))(*(0b01010011 if i % row < K // 8 else 0 for i in range(N * row)))
     scale, codes, x = buffer(N * size[scale_type]), buffer(N * K // 4 + 32), buffer(M * K * size[x_type])
     m = Masked(K, N, K, scale_type, 0, at(mask), None, at(codes), at(scale), None)
-    work, out = buffer(4 * M * K), buffer(N * K * size[x_type])
-    assert library.cc_masked(isa, ctypes.byref(m), ctypes.byref(Call(M, K, x_type, 2, at(x), at(y), at(work), 4 * M * K))) == 0
+    space = max(4 * M * K, -(-M // 16) * (32 * (row * 8) + 64))
+    work, out = buffer(space), buffer(N * K * size[x_type])
+    assert library.cc_masked(isa, ctypes.byref(m), ctypes.byref(Call(M, K, x_type, 2, at(x), at(y), at(work), space))) == 0
     assert library.cc_masked_rows(isa, ctypes.byref(m), ctypes.c_int64(0), ctypes.c_int64(N), x_type, at(out), 1) == 0
 
     # both diagonals around the core of before
     b_in, b_out = draw.choice([k for k in range(1, K + 1) if K % k == 0]), draw.choice([n for n in range(1, N + 1) if N % n == 0])
     pre, post = buffer(K * b_in * size[x_type]), buffer(N * b_out * size[x_type])
-    space = sum(-(-M * n * size[x_type] // 64) * 64 for n in (K, N)) + 4 * M * (-(-max(K, N) // 16) * 16)
+    space = sum(-(-M * n * size[x_type] // 64) * 64 for n in (K, N)) + 4 * (M + 16) * (-(-max(K, N) // 32) * 32 + 32)
     work = buffer(space)
     a = Armor(b_in, b_out, at(pre), at(post), ctypes.pointer(m))
     assert library.cc_armor(isa, ctypes.byref(a), ctypes.byref(Call(M, K, x_type, 2, at(x), at(y), at(work), space))) == 0

@@ -43,8 +43,8 @@ def linear(x: torch.Tensor, w: Weight) -> torch.Tensor:
 
 def _product(x: torch.Tensor, w: Weight) -> torch.Tensor:
     O, I = w.core.shape
-    size = x.element_size()
-    return native.product("cc_armor", w.job, x, I, O, lambda M: M * (size * (I + O) + 4 * (-(-max(I, O) // 16) * 16)) + 128)
+    size, stride = x.element_size(), -(-max(I, O) // 32) * 32 + 32
+    return native.product("cc_armor", w.job, x, I, O, lambda M: M * size * (I + O) + 4 * (M + 16) * stride + 128)
 
 
 @torch.library.custom_op("compress_kernels::armor_cpu", mutates_args=())

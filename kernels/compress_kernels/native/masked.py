@@ -1,7 +1,8 @@
 """Our own CPU kernel for masked weights (bitmask/cpu.cpp): kinds `bitmask`, `sparse24` of any N:M, and `sparse24_int`.
 
 All three become a mask of single bits and the kept values, or codes, row after row: 2:4's positions take as many bits as its mask.
-Few rows of x are multiplied from these directly; many by dense tiles that the library expands, and the BLAS.
+The library multiplies any number of rows of bf16 where the machine has AVX-512 BF16, and few rows elsewhere; many are multiplied by
+the BLAS, with dense tiles that the library expands.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 from compress_kernels import bits as bitpack
 from compress_kernels import native
 
-ROWS_OF_X = 96  # from more rows on, expanding tiles for the BLAS is faster,
+PANEL, PANELS = 16, 18  # rows of x in a panel, and panels that are multiplied together (native/panels.h)
+ROWS_OF_X = 96  # from more rows on, expanding tiles for the BLAS is faster where there are no panels,
 NEAR = ROWS_OF_X << 12  # and from more numbers of x on, which fill the cache
 TILE = 1 << 20  # weights that are expanded together,
 LEAST = 256  # and rows of them at least: the BLAS is slow with fewer
@@ -104,15 +106,33 @@ def linear(x: torch.Tensor, w: Weight, bias: torch.Tensor | None = None) -> torc
     return y if bias is None else y + bias
 
 
-def few(x: torch.Tensor) -> bool:
-    """Whether x (..., I) has so few rows that the library multiplies them itself."""
-    return x.numel() <= min(ROWS_OF_X * x.shape[-1], NEAR)
+def in_panels(x: torch.Tensor, w: Weight) -> bool:
+    """Whether many rows of x are multiplied in panels: bf16 on a machine with AVX-512 BF16."""
+    fits = w.values.dtype == torch.bfloat16 if w.scale is None else w.group_size % 32 == 0
+    return x.dtype == torch.bfloat16 and fits and native.isa() == native.ISAS.index("avx512-bf16")
+
+
+def serves(x: torch.Tensor, w: Weight) -> bool:
+    """Whether the library multiplies x (..., I) itself."""
+    return x.numel() <= min(ROWS_OF_X * x.shape[-1], NEAR) or in_panels(x, w)
+
+
+def panel_bytes(M: int, K: int) -> int:
+    """Bytes of the panels of M rows of K columns that lie in memory together."""
+    return 2 * min(-(-M // PANEL), PANELS) * (-(-K // STEP) * STEP * PANEL + STEP)
+
+
+def workspace(M: int, K: int, panels: bool) -> int:
+    """Bytes that the library needs for M rows of x."""
+    rows = 4 * M * (-(-K // 16) * 16)
+    return max(panel_bytes(M, K), 0 if M > PANEL else rows) if panels else rows
 
 
 def _product(x: torch.Tensor, w: Weight) -> torch.Tensor:
     O, I = w.shape
-    if few(x):
-        return native.product("cc_masked", w.job, x, I, O, lambda M: 4 * M * (-(-I // 16) * 16))
+    if serves(x, w):
+        panels = in_panels(x, w)
+        return native.product("cc_masked", w.job, x, I, O, lambda M: workspace(M, I, panels))
     flat = x.reshape(-1, I)
     rows = min(O, max(LEAST, TILE // I))
     scratch, out = x.new_empty(rows, I), x.new_empty(len(flat), O)

@@ -15,6 +15,7 @@ struct Ahead {  // lines of memory to ask for, a few at a time
   inline void clear() { count = next = 0; }
   inline void add(const void* p, int64_t bytes) {
     const char *at = static_cast<const char*>(p), *end = at + bytes;
+    at -= reinterpret_cast<uint64_t>(at) % 64;
     for (; at < end && count < MOST; at += 64) line[count++] = at;
   }
   CC_INLINE void some(int n) {
@@ -61,6 +62,8 @@ inline void pack_panel(const uint16_t* const* rows, int64_t K, uint16_t* out) {
   }
 }
 
+constexpr int64_t SOON = 64;  // columns of x between what is multiplied and what is asked for
+
 // sum[r][v] += row r of a piece of W times panel v of x, `count` columns; every 64 of them `each` lines are asked for
 template <int R, int NV>
 CC_INLINE void lanes(const uint16_t* w, const uint16_t* x, int64_t size, int64_t count, Ahead& ahead, int each, F (*sum)[NV]) {
@@ -68,7 +71,7 @@ CC_INLINE void lanes(const uint16_t* w, const uint16_t* x, int64_t size, int64_t
     const int64_t end = start + 64 < count ? start + 64 : count;
     for (int64_t k = start; k < end; k += 2) {
       I v[NV];
-      for (int i = 0; i < NV; i++) v[i] = load_i(x + i * size + k * PANEL);
+      for (int i = 0; i < NV; i++) v[i] = load_i(x + i * size + k * PANEL), __builtin_prefetch(x + i * size + (k + SOON) * PANEL);
       for (int r = 0; r < R; r++) {
         int32_t pair;
         __builtin_memcpy(&pair, w + r * PITCH<R> + k, 4);
