@@ -11,7 +11,7 @@ from compress_kernels import bits as bitpack
 from compress_kernels import gpu_table, hadamard
 from compress_kernels.gpu_table import Choice
 from compress_kernels.hadamard import reference as hadamard_reference
-from compress_kernels.int_grouped import reference, triton
+from compress_kernels.int_grouped import fused, reference, triton
 from compress_kernels.int_grouped_outliers import triton as outliers
 
 CLOSE = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 1e-6}  # one rounding of the outputs: 2^-11 and 2^-8 at most
@@ -133,8 +133,8 @@ def _side_cars(device: torch.device, dtype: torch.dtype, small: bool) -> Iterato
 def _fused(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     weights = [Weight(O, 256, 4, 128, dtype, device, seed=O) for O in (256, 100, 130)]
     x = _inputs(3, 256, dtype, device)
-    whole, members = triton.fuse([w.packed for w in weights])
-    for w, y in zip(weights, triton.split(triton.linear(x, whole), members), strict=True):
+    whole, members = fused.fuse([w.packed for w in weights])
+    for w, y in zip(weights, fused.linear(x, whole, members, [None] * 3), strict=True):
         yield _row("fused", dtype, _error(y, F.linear(x.double(), w.dense)), CLOSE[dtype])
 
 

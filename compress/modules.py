@@ -22,6 +22,7 @@ from compress.checkpoint.mapped import Place
 from compress.errors import CompressError
 from compress.types import Packed
 
+_KERNELS: dict[str, ModuleType] = {}  # kind -> its package, once it was asked for
 _FEW = 16  # rows of x that every kernel with a layout of its own multiplies by that
 
 
@@ -37,6 +38,8 @@ class CompressedWeight(nn.Module):
     keep their stored dtypes through `.to(dtype)`: only the arithmetic's dtype changes, never the weight's values.
     There is no `weight` parameter; `dense_weight()` makes one.
     """
+
+    group: Any = None  # linears that read the same input as this one (`fusion.Group`)
 
     def __init__(
         self, kind: str, params: Mapping[str, Any], shape: tuple[int, int], *, stored: str, dtype: torch.dtype,
@@ -59,7 +62,10 @@ class CompressedWeight(nn.Module):
 
     @property
     def _kernel(self) -> ModuleType:
-        return importlib.import_module(f"compress_kernels.{self.kind}")
+        found = _KERNELS.get(self.kind)  # torch.compile traces a look-up, but no import
+        if found is None:
+            found = _KERNELS[self.kind] = importlib.import_module(f"compress_kernels.{self.kind}")
+        return found
 
     def _prepare(self, exact: bool) -> Any:
         return self._kernel.prepare(self._buffers, self.params, self.shape, self.dtype, exact)
@@ -72,6 +78,8 @@ class CompressedWeight(nn.Module):
             self._recall()
             self.prepared = self._prepare(self.exact)
             self._put_aside()
+            if self.group is not None:
+                self.group.settle()
 
     def _is_aside(self, name: str) -> bool:
         return name in self._aside and self._buffers[name] is self._aside[name]

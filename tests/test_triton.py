@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from compress_kernels import gpu_table, gpu_tune, int_grouped, int_grouped_outliers
 from compress_kernels.gpu_table import Choice
-from compress_kernels.int_grouped import triton
+from compress_kernels.int_grouped import fused, triton
 from compress_kernels.int_grouped_outliers import reference as outliers_reference
 from compress_kernels.int_grouped_outliers import triton as triton_outliers
 from test_kernels import Weight, dense, random_weight, relative
@@ -167,7 +167,7 @@ def test_the_op_passes_torchs_own_checks_and_compiles(with_outliers: bool) -> No
         p = int_grouped.prepare(*weight, torch.float16)
         kind, w = int_grouped, p.gpu
     parts = (None,) * 5 if w.outliers is None else w.outliers[:5]
-    args = (x, w.words, w.stats, w.scale, torch.ones(130).half(), w.locks, *parts, 130, 4, 128, w.bf16, False)
+    args = (x, w.words, w.stats, w.scale, torch.ones(130).half(), w.locks, None, *parts, 130, 4, 128, w.bf16, False)
     torch.library.opcheck(triton._op, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
     compiled = torch.compile(lambda x: kind.linear(x, p), backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x), kind.linear(x, p))
@@ -263,19 +263,22 @@ def test_fused_weights_give_each_ones_outputs_in_one_launch(with_outliers: bool)
         weights = [int_grouped.prepare(*random_weight(O, 256, 4, 128, False, torch.float16), torch.float16).gpu for O in sizes]
     biases = [torch.randn(256).half(), None, torch.ones(130).half()]
     x = inputs(3, 256, torch.float16)
-    whole, members = triton.fuse(weights)
-    parts = triton.split(triton.linear(x, whole, triton.joined_bias(biases, members)), members)
-    for member, weight, bias, part in zip(members, weights, biases, parts, strict=True):
-        want = triton.linear(x, weight, bias)
+    whole, members = fused.fuse(weights)
+    parts = fused.linear(x, whole, members, biases)
+    wanted = [triton.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    for member, bias, part, want in zip(members, biases, parts, wanted, strict=True):
         assert torch.equal(part, want)
         assert torch.equal(triton.linear(x, member, bias), want)
-        assert member.words.untyped_storage().data_ptr() == whole.words.untyped_storage().data_ptr()
+        for name in ("words", "stats"):
+            assert getattr(member, name).untyped_storage().data_ptr() == getattr(whole, name).untyped_storage().data_ptr()
+    again, parts = fused.fuse(members[1:])  # views are weights like others
+    assert torch.equal(torch.cat(fused.linear(x, again, parts, biases[1:]), 1), torch.cat(wanted[1:], 1))
 
 
 def test_weights_that_differ_are_not_fused() -> None:
     a, b = (int_grouped.prepare(*random_weight(16, 256, bits, 128, True), torch.float16).gpu for bits in (4, 3))
-    with pytest.raises(ValueError, match="differ"):
-        triton.fuse([a, b])
+    with pytest.raises(ValueError, match="their bits differ"):
+        fused.fuse([a, b])
 
 
 def test_a_loaded_artifact_runs_on_it(pico: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

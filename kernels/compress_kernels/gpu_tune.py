@@ -40,7 +40,7 @@ def random_weight(
         else torch.randint(0, 1 << bits, scale.shape, device=device)
     )
     stats = zero.to(torch.int32) << 16 | scale.to(dtype).view(torch.int16).to(torch.int32) & 0xFFFF
-    locks = torch.zeros(2 * tiles * 32, dtype=torch.int32, device=device)
+    locks = int_grouped.counters(tiles, device)
     shaped = words.view(tiles, KT, planes, int_grouped.TILE, W)
     return int_grouped.Weight((O, I), bits, group, shaped, stats, None, dtype == torch.bfloat16, locks)
 

@@ -65,7 +65,7 @@ def prepare(
     reasons: dict[str, str] = {}
     why = triton.refused(triton.can_run(bits, group_size, shape, dtype, words.device), exact)
     if why is None:
-        return Prepared("triton", bits, group_size, tensors, gpu=triton.prepare(words, scale, zero, shape, bits))
+        return Prepared("triton", bits, group_size, tensors, gpu=triton.prepare(words, scale, zero, shape, bits, dtype=dtype))
     if words.device.type != "cpu":
         reasons["triton"] = why
     unable = "exact results were asked for" if exact else cpu_int4.can_run(bits, group_size, shape, dtype, words.device)

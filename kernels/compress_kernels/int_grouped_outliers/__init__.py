@@ -74,7 +74,7 @@ def prepare(
     zero = None if packed_zero is None else int_grouped.zeros(packed_zero, bits, shape[0])
     why = int_grouped_triton.refused(triton.can_run(bits, group_size, shape, dtype, words.device), exact)
     if why is None:
-        gpu = triton.weight(tensors, words, zero, shape, bits)
+        gpu = triton.weight(tensors, words, zero, shape, bits, dtype)
         return Prepared("triton", bits, group_size, rows, tensors, gpu=gpu)
     if words.device.type != "cpu":
         reasons["triton"] = why
