@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from compress_kernels import bits as bitpack
 from compress_kernels import gpu_table, hadamard
 from compress_kernels.gpu_table import Choice
+from compress_kernels.hadamard import matrices
 from compress_kernels.hadamard import reference as hadamard_reference
 from compress_kernels.int_grouped import fused, reference, triton
 from compress_kernels.int_grouped_outliers import triton as outliers
@@ -139,8 +140,9 @@ def _fused(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]
 
 
 def _rotations(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[dict[str, Any]]:
-    for n, order in ((256, 1), (48, 12)) if small else ((128, 1), (4096, 1), (8192, 1), (192, 12), (1280, 20)):
-        base = _paley(order).to(device) if order > 1 else None
+    for n in (256, 48) if small else (128, 4096, 8192, 192, 1280, 11008, 14336):
+        base = matrices.base(n)
+        base = None if base is None else base.to(device)
         x, up = (_inputs(M, n, dtype, device)[:3] for M in (3, 4))
         for gated in (None, up):
             y = hadamard.transform(x, base, gated)
@@ -148,12 +150,3 @@ def _rotations(device: torch.device, dtype: torch.dtype, small: bool) -> Iterato
             roundings = 1 if gated is None else 3
             yield _row(f"hadamard {n}{', gated' * (roundings > 1)}", dtype, _error(y, want), CLOSE[dtype] * roundings)
 
-
-def _paley(order: int) -> torch.Tensor:
-    """Paley's first matrix of order q + 1, q a prime that is 3 mod 4."""
-    q = order - 1
-    squares = {i * i % q for i in range(1, q)}
-    chi = torch.tensor([[0 if i == j else 1 if (i - j) % q in squares else -1 for j in range(q)] for i in range(q)])
-    S = torch.zeros(order, order, dtype=torch.long)
-    S[0, 1:], S[1:, 0], S[1:, 1:] = 1, -1, chi
-    return (S + torch.eye(order, dtype=torch.long)).to(torch.int8)

@@ -50,7 +50,7 @@ class Group:
         if self._whole is not None and self._unchanged():
             return
         self._whole, self._held = None, []
-        weights = [getattr(m.prepared, "gpu", None) if type(m) is CompressedLinear else None for m in members]
+        weights: list[Any] = [getattr(m.prepared, "gpu", None) if type(m) is CompressedLinear else None for m in members]
         own = vars(self.parent).get("forward")
         if own is not None and _is_ours(own):
             del self.parent.forward

@@ -35,6 +35,8 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "decoded bf16 on sm_80": ("dense", {"target": 80, "bits": 8, "dtype": "bfloat16"}),
     "outliers over a decoded weight": ("put", {"target": 90}),
     "hadamard 4096": ("hadamard", {"target": 90}),
+    "hadamard 11008": ("hadamard", {"target": 90, "A": 172, "B": 1, "C": 64, "warps": 8, "dtype": "bfloat16"}),
+    "hadamard 14336": ("hadamard", {"target": 90, "A": 28, "B": 16, "C": 32, "warps": 16, "dtype": "bfloat16"}),
     "hadamard 4096 on sm_80": ("hadamard", {"target": 80, "dtype": "bfloat16"}),
 }
 COMPILE = """

@@ -7,7 +7,7 @@ alone, and nothing lies in memory twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,7 +20,7 @@ from compress_kernels.int_grouped.triton import TILE, Outliers, Weight
 
 def why_not(weights: Sequence[Weight]) -> str | None:
     """None, or the reason why these weights cannot be one."""
-    kinds = {
+    kinds: dict[str, list[Hashable]] = {
         "inputs": [w.shape[1] for w in weights],
         "bits": [w.bits for w in weights],
         "groups": [w.group for w in weights],
