@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def _product(what: str, w: Weight, M: int, dtype: torch.dtype, how: Choice, bias
     triton.run(x, w.packed, b, y, how)
     triton.run(x, w.packed, b, again, how)
     want = F.linear(x.double(), w.dense, None if b is None else b.double())
-    most = CLOSE[dtype] * (2 if how.path == "scratch" else 1)  # the scratch weight is rounded too
+    most = CLOSE[dtype] * (1 if how.path == "fused" else 2)  # a decoded weight is rounded too
     error = _error(y, want)
     if not torch.equal(y, again) or bool(w.packed.locks.any()):
         error = float("inf")
@@ -94,6 +95,8 @@ def checks(device: torch.device, types: tuple[torch.dtype, ...], small: bool = F
         yield from _side_cars(device, dtype, small)
         yield from _fused(device, dtype)
         yield from _rotations(device, dtype, small)
+        if device.type == "cuda":
+            yield from _captured(device, dtype)
 
 
 def _ways(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[dict[str, Any]]:
@@ -102,9 +105,13 @@ def _ways(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[dic
     plan = [(1, Choice("fused", 16, 128, split=3)), (17, Choice("fused", 32, 64, split=5)), (64, Choice("fused", 64, stages=3))]
     if not small:
         plan += [(3, Choice("fused", 16, 64)), (65, Choice("fused", 64, 64, stages=3, split=2))]
-        plan += [(200, Choice("fused", 128, 128, 8, 3)), (700, Choice("scratch")), (130, Choice("scratch", slab=640 * 2 * 128))]
+        plan += [(200, Choice("fused", 128, 128, 8, 3)), (300, Choice("fused", 256, 64, 8, 3)), (700, Choice("scratch"))]
     for M, how in plan:
         yield _product("ways", w, M, dtype, how, bias=True)
+    for ahead in (False, True):  # three slabs, by turns in two buffers
+        yield _product("slabs", w, 70, dtype, Choice("scratch", slab=640 * 2 * 128, ahead=ahead), bias=True)
+    w.packed = replace(w.packed, dense=triton.dequantize(w.packed, 0, torch.empty(384, 640, dtype=dtype, device=device)))
+    yield _product("a dense copy", w, 70, dtype, Choice("dense"), bias=True)
     x = _inputs(4, 1280, dtype, device)[:, ::2]
     x[2, 5] = float("nan")
     y = triton.linear(x, w.packed)
@@ -150,3 +157,22 @@ def _rotations(device: torch.device, dtype: torch.dtype, small: bool) -> Iterato
             roundings = 1 if gated is None else 3
             yield _row(f"hadamard {n}{', gated' * (roundings > 1)}", dtype, _error(y, want), CLOSE[dtype] * roundings)
 
+
+def _captured(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Every way in a CUDA graph, replayed twice with other inputs than those of the capture."""
+    w = Weight(300, 640, 4, 128, dtype, device, share=0.01)
+    plan = [(1, Choice("fused", 16, 128, split=3)), (17, Choice("fused", 32, 64, split=2))]
+    plan += [(70, Choice("scratch", slab=640 * 2 * 128, ahead=ahead)) for ahead in (False, True)]
+    for M, how in plan:
+        x, y = torch.zeros(M, 640, dtype=dtype, device=device), torch.empty(M, 300, dtype=dtype, device=device)
+        triton.run(x, w.packed, None, y, how)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            triton.run(x, w.packed, None, y, how)
+        x.copy_(_inputs(M, 640, dtype, device))
+        for _ in range(2):
+            y.fill_(float("nan"))
+            graph.replay()
+        error = _error(y, F.linear(x.double(), w.dense))
+        yield _row("CUDA graph", dtype, error, CLOSE[dtype] * 2, M=M, path=how.path, split=how.split)

@@ -166,16 +166,18 @@ def _choose(
     return Choice("dense") if kept and way.path != "fused" else way
 
 
-def candidates(bits: int, rows: int) -> list[Choice]:
-    """Ways worth timing for `rows` rows of x."""
+def candidates(bits: int, rows: int, quick: bool = False) -> list[Choice]:
+    """Ways worth timing for `rows` rows of x; `quick`: half of them."""
     small = min(64, max(16, 1 << (rows - 1).bit_length()))
     out = []
     if rows <= 512:
         for BM in sorted({small, min(small, 32), 128 if rows > 64 else small}):
             for BN in (64, 128):
-                for stages in (3, 4):
+                for stages in ((4 if BM < 64 else 3,) if quick else (3, 4)):
                     splits: Sequence[int] = (1, 2, 4, 8) if rows <= 64 else (1,)
                     out += [Choice("fused", BM, BN, 8 if BM == 128 else 4, stages, split) for split in splits]
+    if 128 < rows <= 1024:  # a weight is decoded once per 256 rows; 128 outputs of so many rows would spill
+        out.append(Choice("fused", 256, 64, 8, 3))
     if rows > 64:
         out += [Choice("scratch", slab=slab) for slab in (12 << 20, 24 << 20, 0)]
         out += [Choice("scratch", slab=slab, ahead=True) for slab in (8 << 20, 16 << 20)]

@@ -218,8 +218,8 @@ def _decoder(dtype: torch.dtype) -> int:
 
 def _beyond(x: torch.Tensor, w: Weight, y: torch.Tensor, how: gpu_table.Choice) -> bool:
     """Whether a position in x, xᵀ or y does not fit the kernel's 32 bits."""
-    rows = -(-len(x) // how.BM) * how.BM
-    return max(rows * max(x.stride(0), y.stride(0)), rows * x.shape[1] if w.outliers is not None else 0) >= _MOST
+    last, transposed = len(x) - 1, 0 if w.outliers is None else -(-len(x) // how.BM) * how.BM * x.shape[1]
+    return max(last * x.stride(0) + x.shape[1], last * y.stride(0) + y.shape[1], transposed) >= _MOST
 
 
 def _fused(x: torch.Tensor, w: Weight, bias: torch.Tensor | None, y: torch.Tensor, how: gpu_table.Choice) -> None:
