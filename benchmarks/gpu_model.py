@@ -56,8 +56,18 @@ def _compared(compress: Any, out: Path, device: torch.device) -> Iterator[dict[s
     fused = [g._whole is not None and not g.interrupted() for g in groups.values()]
     yield _row("a model's logits", float((got - want).norm() / want.norm()), 2e-2)  # bf16 at every step, in another order
     yield _row("q, k, v and gate, up are one launch each", float(len(fused) - sum(fused)) if fused else float("inf"), 0.0)
-    if device.type == "cuda":
-        yield _row("a model in a CUDA graph", _captured(network, ids, logits["triton"]), 0.0)
+    if device.type != "cuda":
+        return
+    yield _row("a model in a CUDA graph", _captured(network, ids, logits["triton"]), 0.0)
+    held = [b for m in network.modules() if hasattr(m, "held") for b in m.held()]
+    yield _row("the artifact's tensors are not on the GPU", float(sum(b.is_cuda for b in held)), 0.0)
+    state = {name: t.cpu() for name, t in network.state_dict().items()}
+    with torch.no_grad():
+        there = network.to("cpu")(ids.cpu()).logits.to(device)
+        back = network.to(device)(ids).logits
+    yield _row("a model moved to the CPU", float((there.double() - want).norm() / want.norm()), 5e-2)  # 8-bit activations there
+    yield _row("and back", float((back.double() - got).norm() / got.norm()), 0.0)
+    yield _row("its tensors", float(sum(not torch.equal(t.cpu(), state[n]) for n, t in network.state_dict().items())), 0.0)
 
 
 def _row(what: str, error: float, most: float) -> dict[str, Any]:

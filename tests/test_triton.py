@@ -158,7 +158,7 @@ def test_slabs_by_turns_in_two_buffers_and_a_dense_copy_give_the_same(monkeypatc
 def test_positions_beyond_32_bits_are_never_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     w = int_grouped.prepare(*random_weight(16, 128, 4, 128, True), torch.float16).gpu
     assert w is not None
-    far = torch.empty(1, dtype=torch.float16).as_strided((3, 128), (1 << 30, 1))  # never read: the third row begins at 2^31
+    far = torch.empty_strided((3, 128), (1 << 30, 1), dtype=torch.float16, device="meta")  # the third row begins at 2^31
     y = torch.empty(3, 16, dtype=torch.float16)
     assert triton._beyond(far, w, y, Choice("fused"))
     assert not triton._beyond(far[:2], w, y[:2], Choice("fused"))
@@ -367,7 +367,8 @@ def test_a_measured_table_decides_and_the_rules_serve_other_shapes(tmp_path: Pat
     assert gpu_table.choose(4, 64, (256, 512), 3, cpu) == gpu_table.default(4, (256, 512), 3, 8, 99 << 10)
     # where a dense copy is kept, the way that was not slower than dense; beyond the last row, which is no launch, that one
     slow = {**row, "us": 3.0, "dense_us": 2.0}
-    gpu_tune.write(path, "a GPU", [], [{**row, "us": 1.0, "dense_us": 2.0}, {**slow, "M": 64}, {**slow, "M": 256, "path": "scratch"}])
+    fast = {**row, "us": 1.0, "dense_us": 2.0}
+    gpu_tune.write(path, "a GPU", [], [fast, {**slow, "M": 64}, {**slow, "M": 256, "path": "scratch"}])
     assert [gpu_table.choose(4, 128, (256, 512), M, cpu, True).path for M in (16, 17, 64, 256, 999)] == ["fused", *["dense"] * 4]
     assert [gpu_table.choose(4, 128, (256, 512), M, cpu).path for M in (16, 17, 64, 256, 999)] == ["fused"] * 3 + ["scratch"] * 2
     gpu_tune.write(path, "a GPU", [], [row])
