@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 KERNELS = HERE / "results" / "kernels.jsonl"
 PAGE = HERE / "README.md"
 PLOT = HERE / "kernels.png"
-HELPERS = ("gpu_checks", "gpu_plot", "jsonl", "render")
+HELPERS = ("gpu_checks", "gpu_decode", "gpu_model", "gpu_plot", "jsonl", "render")
 
 Row = dict[str, Any]
 
