@@ -110,7 +110,10 @@ def bench_tune(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure which kernel path is the fastest here, and keep it: models that are loaded later take it."""
+    """Measure which kernel path is the fastest here, and keep it: models that are loaded later take it.
+
+    Where the C++ library is there, only paths that native decoding can take are chosen.
+    """
     import dataclasses
 
     import torch
@@ -127,7 +130,8 @@ def bench_tune(
             print(json.dumps(dataclasses.asdict(case)), flush=True)
         else:
             times = ", ".join(f"{path} {' and '.join(f'{t:.3f}' for t in ms)}" for path, ms in case.ms.items())
-            print(f"{case.key:40s} {case.best:9s} ms with 1 and 16 tokens: {times}", flush=True)
+            note = f" ({case.faster} would end native decoding)" if case.faster else ""
+            print(f"{case.key:40s} {case.best:9s} ms with 1 and 16 tokens: {times}{note}", flush=True)
     if cases:
         print(f"kept in {tuning.keep(cases)}", file=sys.stderr)
 
