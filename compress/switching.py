@@ -40,7 +40,7 @@ def load(
     """The model of a bundle: dense and of one task, or without a task the mixed one."""
     if device_map is not None:
         raise CompressError(f"{folder}: a bundle cannot be spread over devices", hint="device=…, or compress extract", usage=True)
-    bundle = Bundle(folder, base)
+    bundle = Bundle(folder, base, task)
     if task is None:
         return load_mixed(bundle, device, dtype, exact)
     return load_task(bundle, task, device, dtype, exact)
