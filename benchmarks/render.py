@@ -65,8 +65,9 @@ def decoding(rows: list[Row]) -> list[str]:
     last = {(row["label"], row["threads"]): row for row in rows}
     lines = [
         "## Decoding", "",
-        "Tokens per second behind a prompt, best of the turns that the contenders took: of the artifact by `compress generate`'s loop",
-        "and by transformers' `generate`, and of the dense model. Load is the machine's at the end: turns beside other work are slower.", "",
+        "Tokens per second behind a prompt, best of the turns that the contenders took: of the artifact by `compress generate`'s",
+        "loop and by transformers' `generate`, and of the dense model. Load is the machine's at the end: turns beside other work",
+        "are slower.", "",
         "| weights | threads | loop | generate | dense bf16 | llama.cpp | loop / dense | path | load |", "| --- |" + " --- |" * 8,
     ]  # fmt: skip
     for (label, threads), row in sorted(last.items()):
