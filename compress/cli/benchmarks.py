@@ -116,6 +116,7 @@ def bench_tune(
     """Measure which kernel path is the fastest here, and keep it: models that are loaded later take it.
 
     On a GPU: in which blocks each shape runs, for 1 to 4096 tokens, beside the dense product. q, k, v and gate, up are one shape.
+    Where the C++ library is there, only paths that native decoding can take are chosen.
     """
     import dataclasses
 
@@ -137,7 +138,8 @@ def bench_tune(
             print(json.dumps(dataclasses.asdict(case)), flush=True)
         else:
             times = ", ".join(f"{path} {' and '.join(f'{t:.3f}' for t in ms)}" for path, ms in case.ms.items())
-            print(f"{case.key:40s} {case.best:9s} ms with 1 and 16 tokens: {times}", flush=True)
+            note = f" ({case.faster} would end native decoding)" if case.faster else ""
+            print(f"{case.key:40s} {case.best:9s} ms with 1 and 16 tokens: {times}{note}", flush=True)
     if cases:
         print(f"kept in {tuning.keep(cases)}", file=sys.stderr)
 
