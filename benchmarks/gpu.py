@@ -4,8 +4,8 @@
     benchmarks/gpu.sh --plot PNG [--out FILE]      the speed-ups in FILE, drawn; measures nothing
     benchmarks/gpu.sh --dry                        all of it at toy size in Triton's interpreter
 
-First every kernel is checked, and a small model through its own modules. A wrong result ends the run with exit code 1 and times
-nothing; a model that cannot be made is code 1 too, at the end. Then the table of W4's ways is measured (`gpu_tune`), for the rest
+First every kernel is checked, and a small model through its own modules. A wrong result makes the exit code 1; all that is timed
+afterwards then says how many were wrong, and is no measurement. Then the table of W4's ways is measured (`gpu_tune`), for the rest
 of the run and to be kept; the GPU's own ceilings; a token of a Llama-3-8B-shaped model (`gpu_decode`); and products of that model's
 shapes. Times are of CUDA-graph replays in which the weights go round through 192 MB of copies, so that they come from memory;
 inputs and weights are random. Every row has the device, versions and the commit. `or_dense` in a row: the speed-up where the
@@ -212,7 +212,7 @@ def main() -> int:
         if options.out is not None:
             append(options.out, {**row, **common})
 
-    wrong = total = failed = 0
+    wrong = total = 0
     types = (torch.bfloat16,) if options.dry else (torch.float16, torch.bfloat16)
     for row in chain(checks(device, types, small=options.dry), model(device)):
         note(row)
@@ -221,12 +221,11 @@ def main() -> int:
             continue
         total += 1
         if not row["good"]:
-            failed += "raised" in row
             wrong += 1
             print("wrong:", json.dumps(row), flush=True)
     print(f"{total - wrong} of {total} checks are right", flush=True)
-    if wrong > failed:
-        return 1
+    if wrong:
+        common["wrong_checks"] = wrong
     if options.tune:
         tune(options, device, common["device"])
     top = ceilings(device, options.dry)
@@ -249,7 +248,7 @@ def main() -> int:
             f"{row['kind']:12}{label:>14}{row['M']:>6}{row['path']:>9}{row['us']:>10.2f}{row['dense_us']:>10.2f}{row['speedup']:>7.2f}"
             f"{row['roofline']:>6.0%}{row['roofline_less_launch']:>6.0%}", flush=True,
         )  # fmt: skip
-    return 1 if failed else 0
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ agree in what `int_grouped.fused` asks for, their weights become views of one we
 for the parent: the first member that is handed an input multiplies the whole with it, the others give out their part of that
 product if they are handed the very same tensor, unwritten since; another tensor begins another product.
 
-Nothing outlives a call of the parent, and a part is given out once: no product can be stale. Modules, names, buffers and what is
-saved stay as they were; a member that is called alone, by whomever, runs alone. Members that were replaced, prepared again, given
-hooks or a forward of their own, and inputs that need gradients, are served one by one.
+Nothing outlives a call of the parent, and a part is given out once: no product can be stale. (Whether an inference tensor was
+written to, torch does not tell; between the members nothing runs but transformers' own forward, which writes to none.) Modules,
+names, buffers and what is saved stay as they were; a member that is called alone, by whomever, runs alone. Members that were
+replaced, prepared again, given hooks or a forward of their own, a parent whose forward is not transformers' own, and inputs that
+need gradients are served one by one.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ class Group:
 
     def __init__(self, parent: nn.Module, names: Sequence[str]) -> None:
         self.parent, self.names = parent, tuple(names)
+        self.forward = type(parent).forward  # what a stand-in is made for
         self.reason = "its members are not prepared"
         self._whole: Any = None  # the members' weights as one
         self._held: list[tuple[CompressedLinear, Any]] = []  # the members, and what they had prepared
@@ -78,6 +81,7 @@ class Group:
         """Whether the members must run one by one now."""
         return (
             self._whole is None
+            or type(self.parent).forward is not self.forward
             or not self._unchanged()
             or any("forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m, _ in self._held)
             or any(m._backward_hooks or m._backward_pre_hooks for m, _ in self._held)
@@ -168,7 +172,9 @@ def attach(model: Any) -> None:
     groups = [] if family is None else [[n.rpartition(".") for n in group] for group in family.groups if len(group) > 1]
     for name, parent in model.named_modules():
         cls = type(parent)
-        if not cls.__module__.startswith("transformers.models.") or "__class__" in _code(cls).co_freevars:  # super() needs itself
+        if not all(at.__module__.startswith("transformers.models.") for at in (cls, cls.forward)):
+            continue
+        if "__class__" in inspect.unwrap(cls.forward).__code__.co_freevars:  # super() needs the parent itself
             continue
         for group in groups:
             leaves = [leaf for _, _, leaf in group]
@@ -178,6 +184,3 @@ def attach(model: Any) -> None:
                 for member in made.members:
                     member.group = made
 
-
-def _code(cls: type[nn.Module]) -> Any:
-    return inspect.unwrap(cls.forward).__code__

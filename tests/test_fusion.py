@@ -157,6 +157,24 @@ def test_members_that_were_changed_are_served_one_by_one(how: str, model: Any, m
     assert torch.allclose(before, after, atol=1e-5) == (how == "prepared")
 
 
+def test_a_forward_that_is_not_transformers_own_gets_the_members_themselves(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, mlp = logits(model), type(model.model.layers[0].mlp)
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        gate = self.act_fn(self.gate_proj(x))
+        up: torch.Tensor = self.up_proj(x.mul_(2))  # writes to its input
+        y: torch.Tensor = self.down_proj(gate * up)
+        return y
+
+    monkeypatch.setattr(mlp, "forward", forward)
+    with torch.inference_mode():
+        after = model(IDS).logits
+    alone(model)
+    with torch.inference_mode():
+        assert torch.equal(model(IDS).logits, after)
+    assert not torch.allclose(before, after, atol=1e-3)
+
+
 def test_moves_copies_and_saved_tensors_are_those_of_the_members(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     state, want = {name: t.clone() for name, t in model.state_dict().items()}, logits(model)
     alike = [copy.deepcopy(model), pickle.loads(pickle.dumps(model.model.layers[0].mlp))]

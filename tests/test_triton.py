@@ -452,3 +452,33 @@ def test_the_command_that_tunes_refuses_what_has_no_kernel(
     assert done.code == 2
     assert why in done.err
     assert "hint:" in done.err
+
+
+def test_a_product_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No number is read back and no way is tried out, whatever the path: a CUDA graph can hold it."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    class Kernel:  # a launch: the interpreter's own copies are not the product's
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *args, **kwargs: launched.append(grid)
+
+    whole, members = fused.fuse([prepared_outliers(outlying(O, 256, 4, rows=[3])).gpu for O in (256, 100)])
+    code = triton.device_code()
+    for name in ("product", "dense", "put"):
+        monkeypatch.setattr(code, name, Kernel())
+    monkeypatch.setattr(gpu_tune, "measure", None)
+    names, biases = set[str](), [None, torch.ones(100).half()]
+    launched: list[tuple[int, ...]] = []
+    for M in (1, 17, 70):
+        x = inputs(M, 256, torch.float16)
+        for how in (Choice("fused", split=2), Choice("scratch", slab=1 << 16, ahead=True)):
+            always(monkeypatch, how)
+            with Watch():
+                fused.linear(x, whole, members, biases)
+    assert len(launched) == 3 + 3 * 2 * 3  # one; or a decoded slab and its outliers for each of three tiles
+    assert not names & {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "_to_copy", "equal"}
