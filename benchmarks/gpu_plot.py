@@ -16,6 +16,8 @@ def latest(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[int, floa
         if "kind" in row and "speedup" in row and not row.get("dry"):
             shape = "x".join(map(str, row["shape"]))
             found.setdefault(shape, {}).setdefault(row["kind"], {})[row["M"]] = row["speedup"]
+        if "decode" in row and not row.get("dry"):
+            found.setdefault("a token, by batch", {}).setdefault(row["decode"], {})[row["batch"]] = row["speedup"]
     return found
 
 

@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 KERNELS = HERE / "results" / "kernels.jsonl"
 PAGE = HERE / "README.md"
 PLOT = HERE / "kernels.png"
-HELPERS = ("gpu_checks", "gpu_plot", "jsonl", "render", "shapes")
+HELPERS = ("gpu_checks", "gpu_decode", "gpu_model", "gpu_plot", "jsonl", "render", "shapes")
 DECODE, MEMORY = HERE / "results" / "decode.jsonl", HERE / "results" / "load_memory.jsonl"
 
 Row = dict[str, Any]

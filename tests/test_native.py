@@ -9,7 +9,7 @@ import torch
 from compress_kernels import BackendError, native
 from compress_kernels import bits as bitpack
 from compress_kernels.int_grouped import cpu
-from compress_kernels.native import masked
+from compress_kernels.native import masked, pages
 from conftest import python, rows_and_threads_change_no_bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -187,6 +187,18 @@ def test_the_ops_pass_torchs_own_checks() -> None:
     run = torch.compile(lambda x: cpu.linear(x, weight) + masked.linear(x, sparse), backend="aot_eager", fullgraph=True)
     x = randn(2, 64)
     assert torch.equal(run(x), cpu.linear(x, weight) + masked.linear(x, sparse))
+
+
+@pytest.mark.parametrize("count", [0, 1000, pages.HUGE, 2 * pages.HUGE + 77])
+def test_memory_for_large_weights_begins_at_a_huge_page(count: int) -> None:
+    room = pages.empty(count)
+    assert room.shape == (count,)
+    assert room.dtype == torch.uint8
+    assert count < pages.HUGE or room.data_ptr() % pages.HUGE == 0
+    assert room.untyped_storage().nbytes() == count  # what lies around it is never touched
+    kept = room.fill_(7)[count // 2 :]
+    del room
+    assert bool((kept == 7).all())
 
 
 def test_one_openmp_runtime_is_loaded() -> None:

@@ -32,7 +32,10 @@ def test_a_dry_run_checks_every_kernel_and_writes_rows(tmp_path: Path) -> None:
     assert f"{len(checked)} of {len(checked)} checks are right" in done.stdout
     timed = [row for row in rows if "kind" in row]
     assert [(row["kind"], row["M"]) for row in timed] == [(k, M) for k in ("W4 g128", "W4+1% g128") for M in (1, 3)]
-    assert sum("stack" in row for row in rows) == 1
+    assert [row["batch"] for row in rows if "decode" in row] == [2]
+    assert {"a model's logits", "q, k, v and gate, up are one launch each"} <= {row["check"] for row in checked}
+    table = json.loads((tmp_path / "gpu-interpreter.json").read_text())
+    assert {(row["bits"], row["O"], row["I"], row["M"]) for row in table["rows"]} == {(4, 256, 256, 1), (4, 256, 256, 3)}
     for row in rows:
         assert row["dry"] is True  # nobody takes them for measurements
         assert row["torch"]
@@ -68,8 +71,9 @@ def test_measured_rows_are_drawn_and_dry_ones_are_not(tmp_path: Path, monkeypatc
 
     row = {"kind": "W4 g128", "shape": [256, 512], "M": 1, "speedup": 2.0, "device": "a GPU"}
     rows = [row, {**row, "speedup": 3.0}, {**row, "M": 4, "speedup": 9.0, "dry": True}, {"ceilings": {}}]
-    assert latest(rows) == {"256x512": {"W4 g128": {1: 3.0}}}  # the last one counts
+    rows.insert(1, {"decode": "a shape", "batch": 8, "speedup": 1.5, "device": "a GPU"})
+    assert latest(rows) == {"256x512": {"W4 g128": {1: 3.0}}, "a token, by batch": {"a shape": {8: 1.5}}}  # the last one counts
     assert "256x512" in plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match="no measured row"):
-        plot(rows[2:], tmp_path / "plot.png")
+        plot(rows[3:], tmp_path / "plot.png")

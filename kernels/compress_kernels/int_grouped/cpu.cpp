@@ -20,6 +20,7 @@ namespace CC_NAME(cc) {
 namespace {
 
 constexpr int ROWS = 16, HALVES = ROWS / LANES, UNIT = 64;
+constexpr int AHEAD = 8192, SOON = 256;  // bytes, of codes and of scales: the CPU itself stops looking ahead every 4 KB
 
 template <int bits> struct Codes;
 
@@ -63,11 +64,20 @@ inline int chunk_of(int bits) { return bits == 8 ? 8 : bits == 3 ? 32 : 16; }
 
 inline F zero_of(const IntGrouped& w, int64_t at) { return w.zero ? to_f(widen_u8(w.zero + at)) : set_f(float(1 << (w.bits - 1))); }
 
-// y of MR rows of x and one tile, int8 activations
-template <int bits, int MR> void tile_int8(const IntGrouped& w, const Inputs& in, int64_t tile, int64_t m0, F (*y)[HALVES]) {
+template <int bits> inline void ask_codes(const uint8_t* p) {
+  for (int u = 0; u < Codes<bits>::UNITS; u++) ask(p + AHEAD + u * UNIT);
+}
+
+inline void ask_scales(const IntGrouped& w, int64_t at) {
+  ask(static_cast<const char*>(w.scale) + at * bytes_of(w.scale_type) + SOON);
+  if (w.zero) ask(w.zero + at + SOON);
+}
+
+// y of MR rows of x and one tile, int8 activations; SUB, where not 0, is w.sub
+template <int bits, int MR, int SUB> void tile_int8(const IntGrouped& w, const Inputs& in, int64_t tile, int64_t m0, F (*y)[HALVES]) {
   typedef Codes<bits> C;
   constexpr int QUADS = C::CHUNK / 4, SUMS = MR == 1 ? (QUADS < 4 ? QUADS : 4) : MR == 2 ? 2 : 1;
-  const int64_t blocks = w.K / w.sub, groups = w.K / w.group, chunks = w.sub / C::CHUNK, each = w.group / w.sub;
+  const int64_t blocks = w.K / w.sub, groups = w.K / w.group, chunks = (SUB ? SUB : w.sub) / C::CHUNK, each = w.group / w.sub;
   const uint8_t* p = w.codes + tile * (w.K / C::CHUNK) * C::UNITS * UNIT;
   const int8_t* x = static_cast<const int8_t*>(in.x) + m0 * w.K;
   const float *x_scale = in.scale + m0 * blocks, *x_sum = in.sum + m0 * groups;
@@ -82,7 +92,9 @@ template <int bits, int MR> void tile_int8(const IntGrouped& w, const Inputs& in
       for (int m = 0; m < MR; m++)
         for (int h = 0; h < HALVES; h++)
           for (int s = 0; s < SUMS; s++) acc[m][h][s] = set_i(0);
-      for (int64_t chunk = 0; chunk < chunks; chunk++, p += C::UNITS * UNIT, x += C::CHUNK * MR)
+#pragma GCC unroll 4
+      for (int64_t chunk = 0; chunk < chunks; chunk++, p += C::UNITS * UNIT, x += C::CHUNK * MR) {
+        ask_codes<bits>(p);
         for (int h = 0; h < HALVES; h++) {
           I quads[QUADS];
           C::bytes(p + h * LANES * 4, quads);
@@ -93,6 +105,7 @@ template <int bits, int MR> void tile_int8(const IntGrouped& w, const Inputs& in
               acc[m][h][q % SUMS] = dot4(acc[m][h][q % SUMS], quads[q], set_i(four));
             }
         }
+      }
       for (int m = 0; m < MR; m++)
         for (int h = 0; h < HALVES; h++) {
           I all = acc[m][h][0];
@@ -101,6 +114,7 @@ template <int bits, int MR> void tile_int8(const IntGrouped& w, const Inputs& in
         }
     }
     const int64_t at = (tile * groups + g) * ROWS;
+    ask_scales(w, at);
     for (int h = 0; h < HALVES; h++) {
       const F scale = load_typed(w.scale, at + h * LANES, w.scale_type), zero = zero_of(w, at + h * LANES);
       for (int m = 0; m < MR; m++) y[m][h] = fma(fnma(zero, set_f(x_sum[m * groups + g]), part[m][h]), scale, y[m][h]);
@@ -146,6 +160,7 @@ template <int bits, int MR> void tile_words(const IntGrouped& w, const Inputs& i
     for (int m = 0; m < MR; m++) even[m] = odd[m] = set_f(0);
     for (int64_t chunk = 0; chunk < chunks; chunk++, p += C::UNITS * UNIT, x += C::CHUNK * MR) {
       I quads[QUADS];
+      ask_codes<bits>(p);
       C::bytes(p, quads);
       for (int q = 0; q < QUADS; q++) {
         const I a = _mm512_permutexvar_epi16(quads[q], low), b = _mm512_permutexvar_epi16(right<8>(quads[q]), low);
@@ -160,6 +175,7 @@ template <int bits, int MR> void tile_words(const IntGrouped& w, const Inputs& i
       }
     }
     const int64_t at = (tile * groups + g) * ROWS;
+    ask_scales(w, at);
     const F scale = load_typed(w.scale, at, w.scale_type), zero = zero_of(w, at);
     for (int m = 0; m < MR; m++) {
       const F sum = set_f(in.sum[(m0 + m) * groups + g]);
@@ -184,7 +200,8 @@ template <int bits, int MR> void tile_exact(const IntGrouped& w, const Inputs& i
     for (int m = 0; m < MR; m++)
       for (int h = 0; h < HALVES; h++)
         for (int s = 0; s < SUMS; s++) acc[m][h][s] = set_f(0);
-    for (int64_t chunk = 0; chunk < chunks; chunk++, p += C::UNITS * UNIT, x += C::CHUNK)
+    for (int64_t chunk = 0; chunk < chunks; chunk++, p += C::UNITS * UNIT, x += C::CHUNK) {
+      ask_codes<bits>(p);
       for (int h = 0; h < HALVES; h++) {
         I quads[QUADS];
         C::bytes(p + h * LANES * 4, quads);
@@ -197,7 +214,9 @@ template <int bits, int MR> void tile_exact(const IntGrouped& w, const Inputs& i
             }
         }
       }
+    }
     const int64_t at = (tile * groups + g) * ROWS;
+    ask_scales(w, at);
     for (int h = 0; h < HALVES; h++) {
       const F scale = load_typed(w.scale, at + h * LANES, w.scale_type), zero = zero_of(w, at + h * LANES);
       for (int m = 0; m < MR; m++) {
@@ -267,7 +286,8 @@ inline bool in_words(const IntGrouped& w, const Call& c) { return CC_ISA == 3 &&
 
 template <int bits, int MR> void rows_of_x(const IntGrouped& w, const Call& c, const Inputs& in, int64_t tile, int64_t m0, const float (*extra)[ROWS]) {
   F y[MR][HALVES];
-  if (!w.exact) tile_int8<bits, MR>(w, in, tile, m0, y);
+  if (!w.exact && w.sub == 32) tile_int8<bits, MR, 32>(w, in, tile, m0, y);
+  else if (!w.exact) tile_int8<bits, MR, 0>(w, in, tile, m0, y);
 #if CC_ISA == 3
   else if (in_words(w, c)) tile_words<bits, MR>(w, in, tile, m0, y);
 #endif
