@@ -62,8 +62,8 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 NOTES = [
-    "`sparsegpt --refit 0` is the published algorithm. By default twenty steps of conjugate gradients then improve the values that stay,",
-    "so that no row's loss is above the published one's.",
+    "`sparsegpt --refit 0` is the published algorithm. By default twenty steps of conjugate gradients then improve the values that",
+    "stay, so that no row's loss is above the published one's.",
     "",
     "`--importance gradient --scope model` weighs the error of every output by the squared gradient of the loss there and lets",
     "all linears compete under one threshold: on SmolLM2 they keep from 3 % to 91 % of their weights, half in total. On stories15M",
