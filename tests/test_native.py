@@ -131,6 +131,15 @@ def test_rows_of_x_and_threads_change_no_bit(isa: str) -> None:
         rows_and_threads_change_no_bit(product, x)
 
 
+def test_outliers_of_many_tiles_agree_with_fp64_and_threads_change_no_bit(isa: str) -> None:
+    weight, W = integers(1100, 1024, 128, 4, False, BF16, False, outliers=True)
+    x = randn(2, 1024)
+    y = cpu.linear(x, weight)
+    assert relative(y, x.double() @ W.T) < ROUNDING[F32] + INT8
+    rows_and_threads_change_no_bit(lambda v: cpu.linear(v, weight), x)
+    rows_and_threads_change_no_bit(lambda v: cpu.linear(v, weight), x[:1])
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_nan_and_inf_reach_every_output_of_their_row_alone(exact: bool, isa: str) -> None:
     weight, _ = integers(33, 128, 64, 4, False, BF16, exact)

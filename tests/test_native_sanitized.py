@@ -124,10 +124,10 @@ for step in range(120):
         kept.extend([values, scale])
         return Shared(kind, draw.choice([0, 128 if kind == 1 else 8]), group, at(values), at(scale))
     masks = [buffer(N * -(-K // 32) * 4) for _ in range(3)]
-    tasks = (ctypes.c_int32 * M)(*(draw.randrange(-1, 3) for _ in range(M)))
+    tasks = (ctypes.c_int32 * M)(*draw.choice([[draw.randrange(3)] * M, [draw.randrange(-1, 3) for _ in range(M)]]))
     d = MaskedDelta(K, N, draw.randrange(2), draw.randrange(2), at(base), at(bias), vector(), vector(), 3,
                     (ctypes.c_void_p * 3)(*(ctypes.addressof(mask) for mask in masks)), (ctypes.c_float * 3)(0.5, 1, 2), tasks)
-    space = 8 * M + 4 * (M + 4) * (-(-K // 32) * 32 + 32)
+    space = 8 * M + 64 + 4 * M * (-(-K // 32) * 32 + 32)
     work = buffer(space)
     assert library.cc_masked_delta(isa, ctypes.byref(d), ctypes.byref(Call(M, K, x_type, 2, at(x), at(y), at(work), space))) == 0
 

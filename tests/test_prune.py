@@ -17,7 +17,7 @@ import compress
 from compress.checkpoint import manifest
 from compress.checkpoint.reader import CheckpointReader
 from compress.errors import CompressError
-from compress.methods import _masks, _solvers, _sparse_solver, _sparsity
+from compress.methods import _masks, _solvers, _sparse_solver, _sparsity, sparsegpt
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -146,6 +146,13 @@ def test_refitting_raises_no_rows_loss(steps: int) -> None:
     assert after.loss < before.loss
     assert torch.isfinite(after.W).all()
     assert not after.W[~before.mask].any()
+
+
+def test_refitting_is_the_default_but_before_recovery() -> None:
+    asked: list[dict[str, Any]] = [{}, {"recover": 1}, {"quality": True}, {"recover": 1, "refit": 5}]
+    assert [sparsegpt.Config(**options).refit for options in asked] == [20, 0, 0, 5]
+    with pytest.raises(CompressError, match="--refit -1 is not a number of steps"):
+        sparsegpt.Config(refit=-1)
 
 
 def test_nowag_is_wanda_with_normalised_columns() -> None:

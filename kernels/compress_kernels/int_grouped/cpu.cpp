@@ -21,6 +21,8 @@ namespace {
 
 constexpr int ROWS = 16, HALVES = ROWS / LANES, UNIT = 64;
 constexpr int AHEAD = 8192, SOON = 256;  // bytes, of codes and of scales: the CPU itself stops looking ahead every 4 KB
+constexpr int NEXT = 1024;  // outliers
+constexpr int64_t TOGETHER = 32;  // tiles whose outliers are taken one after the other
 
 template <int bits> struct Codes;
 
@@ -65,12 +67,12 @@ inline int chunk_of(int bits) { return bits == 8 ? 8 : bits == 3 ? 32 : 16; }
 inline F zero_of(const IntGrouped& w, int64_t at) { return w.zero ? to_f(widen_u8(w.zero + at)) : set_f(float(1 << (w.bits - 1))); }
 
 template <int bits> inline void ask_codes(const uint8_t* p) {
-  for (int u = 0; u < Codes<bits>::UNITS; u++) ask(p + AHEAD + u * UNIT);
+  for (int u = 0; u < Codes<bits>::UNITS; u++) fetch(p + AHEAD + u * UNIT);
 }
 
 inline void ask_scales(const IntGrouped& w, int64_t at) {
-  ask(static_cast<const char*>(w.scale) + at * bytes_of(w.scale_type) + SOON);
-  if (w.zero) ask(w.zero + at + SOON);
+  fetch(static_cast<const char*>(w.scale) + at * bytes_of(w.scale_type) + SOON);
+  if (w.zero) fetch(w.zero + at + SOON);
 }
 
 // y of MR rows of x and one tile, int8 activations; SUB, where not 0, is w.sub
@@ -232,17 +234,20 @@ inline I columns_at(const IntGrouped& w, int64_t at) {
   return w.step_short ? widen_u16(static_cast<const uint16_t*>(w.step_index) + at) : load_i(static_cast<const int32_t*>(w.step_index) + at);
 }
 
-// The outliers' part, in steps, of the outputs of a tile and a row of x; or of 16 rows of x. One by one: gathering takes twice as long.
+// The outliers' part, in steps, of the outputs of a tile and a row of x; or of 16 rows of x
 template <class Column> void outliers_of_one(const IntGrouped& w, const float* x, int64_t tile, float* out) {
   const Column* column = static_cast<const Column*>(w.step_index);
-  alignas(64) float value[ROWS];
-  float sum[ROWS] = {0};
+  const uint8_t* codes = w.codes + tile * 2 * w.K * w.bits + AHEAD;
+  F sum[HALVES];
+  for (int h = 0; h < HALVES; h++) sum[h] = set_f(0);
   for (int64_t i = w.step[tile] * ROWS; i < w.step[tile + 1] * ROWS; i += ROWS) {
-    for (int h = 0; h < HALVES; h++) store_f(value + h * LANES, load_typed(w.step_value, i + h * LANES, w.value_type));
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; r++) sum[r] = fma_one(value[r], x[column[i + r]], sum[r]);
+    fetch(column + i + NEXT);
+    fetch(static_cast<const uint16_t*>(w.step_value) + i + NEXT);
+    ask_far(codes), codes += UNIT;
+    for (int h = 0; h < HALVES; h++)
+      sum[h] = fma(load_typed(w.step_value, i + h * LANES, w.value_type), pick(x, column + i + h * LANES), sum[h]);
   }
-  for (int r = 0; r < ROWS; r++) out[r] = sum[r];
+  for (int h = 0; h < HALVES; h++) store_f(out + h * LANES, sum[h]);
 }
 
 void outliers_of_many(const IntGrouped& w, const float* x, int64_t tile, float* out) {
@@ -295,14 +300,21 @@ template <int bits, int MR> void rows_of_x(const IntGrouped& w, const Call& c, c
   for (int m = 0; m < MR; m++) finish(w, c, tile, m0 + m, y[m], extra ? extra[m] : nullptr);
 }
 
+// outputs of one row of x of some tiles: first the outliers of all, for which x stays in the nearest cache
+template <int bits> void tiles_of_one(const IntGrouped& w, const Call& c, const Inputs& in, int64_t begin, int64_t end) {
+  alignas(64) float sums[TOGETHER][ROWS];
+  for (int64_t tile = begin; tile < end; tile++)
+    if (w.step_short) outliers_of_one<uint16_t>(w, in.turned, tile, sums[tile - begin]);
+    else outliers_of_one<int32_t>(w, in.turned, tile, sums[tile - begin]);
+  for (int64_t tile = begin; tile < end; tile++) rows_of_x<bits, 1>(w, c, in, tile, 0, sums + (tile - begin));
+}
+
 // a tile's outputs of the rows start .. stop of x
 template <int bits> void tile_rows(const IntGrouped& w, const Call& c, const Inputs& in, int64_t tile, int64_t start, int64_t stop) {
   alignas(64) float sums[16][ROWS];
   for (int64_t m = start, end = 0; m < stop; m = end) {
     const float(*extra)[ROWS] = w.step ? sums : nullptr;
-    if (w.step && c.M == 1 && w.step_short) outliers_of_one<uint16_t>(w, in.turned, tile, sums[0]);
-    else if (w.step && c.M == 1) outliers_of_one<int32_t>(w, in.turned, tile, sums[0]);
-    else if (w.step) outliers_of_many(w, in.turned + m * w.K, tile, sums[0]);
+    if (w.step) outliers_of_many(w, in.turned + m * w.K, tile, sums[0]);
     end = m + 16 < stop ? m + 16 : stop;
     int64_t i = 0;
     for (; m + i + 8 <= end; i += 8) rows_of_x<bits, 8>(w, c, in, tile, m + i, extra ? extra + i : nullptr);
@@ -314,6 +326,13 @@ template <int bits> void tile_rows(const IntGrouped& w, const Call& c, const Inp
 
 template <int bits> void product(const IntGrouped& w, const Call& c, const Inputs& in) {
   const int64_t tiles = (w.N + ROWS - 1) / ROWS;
+  if (w.step && c.M == 1) {
+    const int64_t fair = (tiles + c.threads - 1) / c.threads, some = fair < TOGETHER ? fair : TOGETHER;
+    each(c.threads, (tiles + some - 1) / some, [&](int64_t i) {
+      tiles_of_one<bits>(w, c, in, i * some, (i + 1) * some < tiles ? (i + 1) * some : tiles);
+    });
+    return;
+  }
   // outliers jump about in x: as many of its rows are taken together as stay near
   const int64_t near = 1 << 18, rows = w.step ? (16 * w.K < near ? near / w.K / 16 * 16 : 16) : c.M;
   for (int64_t start = 0; start < c.M; start += rows) {

@@ -1,7 +1,7 @@
 """Our own CPU kernel for one base and many tasks' masked deltas (`cpu.cpp`): base, shared vector and bits are read where they lie.
 
-Nothing is repacked, so a job is made for every call; one pass serves all tasks of a batch. The base's product is not rounded
-before the delta's is added, as it is in the reference.
+Nothing is repacked, so a job is made for every call; one pass serves all tasks of a batch. A task's weight is merged piece by
+piece, in the nearest cache.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def _product(
         _shared(low, low_scale, low_bits, low_zero, I) if has_low else native.Shared(), n,
         (ctypes.c_void_p * n)(*(m.data_ptr() for m in masks)), (ctypes.c_float * n)(*factors), (ctypes.c_int32 * len(rows))(*rows),
     )  # fmt: skip
-    stride, threads = -(-I // 32) * 32 + 32, torch.get_num_threads()
-    return native.product("cc_masked_delta", job, x, I, O, lambda M: 8 * M + 4 * (M + 2 * threads) * stride)
+    stride = -(-I // 32) * 32 + 32
+    return native.product("cc_masked_delta", job, x, I, O, lambda M: 8 * M + 64 + 4 * M * stride)
 
 
 @torch.library.custom_op("compress_kernels::masked_delta_cpu", mutates_args=())
