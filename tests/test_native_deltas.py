@@ -51,20 +51,23 @@ def deltas(O: int, I: int, count: int) -> dict[str, kernel.Delta]:
     return {f"t{i}": kernel.Delta(plane, 0.5 + i / 4) for i, plane in enumerate(planes)}
 
 
+def merged(W0: torch.Tensor, delta: kernel.Delta, pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """The weight that `extract` writes, in W0's dtype."""
+    return (W0.float() + reference.decode(delta, pair, W0.shape[1])).to(W0.dtype)
+
+
 def in_fp64(
     x: torch.Tensor, W0: torch.Tensor, bias: torch.Tensor | None, v: kernel.Shared, own: dict[str, kernel.Delta], signs: bool,
     tasks: list[str | None],
 ) -> torch.Tensor:  # fmt: skip
-    """Every row with its own dense weight."""
+    """Every row with its own dense weight, which is rounded once to x's dtype."""
     I = W0.shape[1]
     pair = reference.values(v, I, signs)
     out = []
     for i, row in enumerate(x.reshape(-1, I)):
         task = tasks[i * len(tasks) // (x.numel() // I)]
-        W = W0.double()
-        if task in own:
-            W = W + reference.decode(own[task], pair, I).double()
-        out.append(W @ row.double() + (0 if bias is None else bias.double()))
+        W = merged(W0, own[task], pair) if task in own else W0
+        out.append(W.double() @ row.double() + (0 if bias is None else bias.double()))
     return torch.stack(out).view(*x.shape[:-1], -1)
 
 
@@ -85,6 +88,19 @@ def test_one_task_and_many_agree_with_fp64(form: str, mode: str, isa: str) -> No
             y = kernel.linear(x, W0, bias, v, own, mode == "signs", tasks)
             assert y.dtype == dtype
             assert relative(y, in_fp64(x, W0, bias, v, own, mode == "signs", tasks)) < ROUNDING[dtype], (O, I, M, dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("mode", ["mask", "signs", "levels"])
+def test_a_tasks_weight_is_the_extracted_one_bit_for_bit(dtype: torch.dtype, mode: str, isa: str) -> None:
+    for form, (O, I, group) in zip(FORMS, [(37, 96, None), (20, 80, None), (9, 66, 33), (33, 50, None)], strict=True):
+        v, own = shared(form, O, I, mode == "signs", mode == "levels", group=group), deltas(O, I, 2)
+        W0, pair = randn(O, I, dtype=dtype, seed=2), reference.values(v, I, mode == "signs")
+        columns = {t: merged(W0, own[t], pair).T for t in own}
+        for M, tasks in ((I, ["t0"]), (2, ["t1"]), (4, ["t1", "t0"]), (6, ["t0"]), (1, ["t1"])):
+            y = kernel.linear(torch.eye(I, dtype=dtype)[:M], W0, None, v, own, mode == "signs", tasks)  # an output is one weight
+            want = torch.stack([columns[tasks[i * len(tasks) // M]][i] for i in range(M)])
+            assert torch.equal(y, want), (form, M)
 
 
 @settings(max_examples=40, deadline=None)
@@ -113,6 +129,12 @@ def test_a_mixed_batch_is_the_loop_over_its_tasks_bit_for_bit(dtype: torch.dtype
     y = kernel.linear(x, W0, None, v, own, False, tasks)
     alone = torch.cat([kernel.linear(x[i : i + 1], W0, None, v, own, False, [t]) for i, t in enumerate(tasks)])
     assert torch.equal(y, alone)
+    x = randn(60, I, dtype=dtype)
+    tasks = ["t0" if i % 3 else "t1" if i % 2 else "t2" for i in range(60)]  # 40, 10 and 10 rows
+    y = kernel.linear(x, W0, None, v, own, False, tasks)
+    for t in own:
+        rows = [i for i, name in enumerate(tasks) if name == t]
+        assert torch.equal(y[rows], kernel.linear(x[rows], W0, None, v, own, False, [t]))
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)

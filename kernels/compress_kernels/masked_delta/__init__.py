@@ -1,4 +1,4 @@
-"""y = x W0ᵀ + bias + s_t x d_tᵀ: products with one base and many tasks' masked deltas.
+"""y = x (W0 + s_t d_t)ᵀ + bias: products with one base and many tasks' masked deltas.
 
 `linear` runs in our C++ library (`cpu`) where it can, and as `reference` has it elsewhere, or where COMPRESS_BACKEND is "tiled".
 """

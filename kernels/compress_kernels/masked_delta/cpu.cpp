@@ -1,283 +1,345 @@
-// y = x baseᵀ + factor x dᵀ, one base weight and a delta for every task made of shared numbers and the task's own bits, on a CPU.
+// y = x W_tᵀ, where W_t is one base weight plus the task's factor times a delta of shared numbers and the task's own bits, on a CPU.
 //
-// A pass over the base and the shared numbers serves all rows of x, whatever their tasks: two output rows are in work, and for each row
-// of x one sum of the base and one of the delta, which the task's factor is multiplied with at the end. Bits become masks of lanes.
-// With bf16 x and AVX-512 BF16 pairs of bf16 are multiplied: shared numbers as they are, or a code less its zero, exactly, and
-// a group's scale is multiplied with the group's sum. Elsewhere shared numbers are decoded to fp32.
+// W_t is never whole: pieces of its rows are merged in fp32, rounded once to the type of x, as `extract` writes them, and multiplied
+// with the task's rows of x while they lie in the nearest cache. A pass over the base and the shared numbers serves all tasks of a
+// batch. Tasks of many rows, where x is bf16 and the machine has AVX-512 BF16, go through panels of x (native/panels.h), others
+// through dot products. Which of them depends on the task's own rows of x alone, so a batch equals the loop over its tasks.
 #include "../native/dots.h"
 #include "../native/jobs.h"
+#include "../native/panels.h"
 
 namespace CC_NAME(cc) {
 namespace {
 
 enum { PLAIN = 0, BYTES = 1, NIBBLES = 2, CONSTANT = 3 };
-constexpr int ROWS = 2;  // of W
+constexpr int64_t BAND = 4, PIECE = 1024;  // rows and columns of W that are merged together
+constexpr int64_t MOST = 96, MANY = 12;    // rows of x whose sums are held; a task's rows of x from which on they go through panels
 
 inline int64_t row_bytes(const SharedVector& s, int64_t K) {
   return s.kind == PLAIN ? 2 * K : s.kind == BYTES ? (K + 3) / 4 * 4 : s.kind == NIBBLES ? (K + 7) / 8 * 4 : 0;
 }
 
-inline float scale_of(const SharedVector& s, int64_t K, int64_t row, int64_t k) {
-  return from_bits(uint32_t(s.scale[row * ((K + s.group - 1) / s.group) + k / s.group]) << 16);
-}
-
-inline int code_of(const SharedVector& s, const uint8_t* row, int64_t k) {
-  return (s.kind == BYTES ? row[k] : row[k / 2] >> (4 * (k % 2)) & 15) - s.zero;
-}
-
 // the bits of LANES columns
 inline uint32_t bits_of(const uint32_t* mask, int64_t k) { return mask[k / 32] >> (k % 32); }
 
-struct Ordered {  // rows of x, those of a task side by side
-  int64_t count;
-  const int64_t* order;  // their places in x and y
-};
-
-inline void finish(const MaskedDelta& w, const Call& c, int64_t m, int64_t row, float base, float delta) {
-  const int32_t task = w.task[m];
-  if (w.bias) base += load_one(w.bias, row, c.type);
-  store_one(c.y, m * w.N + row, c.type, task < 0 ? base : base + w.factor[task] * delta);
-}
-
-// -- numbers of any type, in fp32
-
-// a row of shared numbers
-void decode(const SharedVector& s, int64_t K, int64_t row, float* out) {
+// Columns k .. k+count of a row of shared numbers in fp32, and zeros up to `width`, at most PIECE; k is a multiple of 32
+void decode(const SharedVector& s, int64_t K, int64_t row, int64_t k, int64_t count, int64_t width, float* out) {
+  for (int64_t i = count; i < width; i++) out[i] = 0;
   if (s.kind == CONSTANT) {
-    const float value = *static_cast<const float*>(s.values);
-    for (int64_t k = 0; k < K; k++) out[k] = value;
-  } else if (s.kind == PLAIN) {
-    const uint16_t* from = static_cast<const uint16_t*>(s.values) + row * K;
-    for (int64_t k = 0; k < K; k++) out[k] = from_bits(uint32_t(from[k]) << 16);
-  } else {
-    const uint8_t* from = static_cast<const uint8_t*>(s.values) + row * row_bytes(s, K);
-    for (int64_t start = 0; start < K; start += s.group) {
-      const float scale = scale_of(s, K, row, start);
-      const int64_t end = start + s.group < K ? start + s.group : K;
-      for (int64_t k = start; k < end; k++) out[k] = float(code_of(s, from, k)) * scale;
-    }
+    for (int64_t i = 0; i < count; i++) out[i] = *static_cast<const float*>(s.values);
+    return;
   }
-}
-
-template <int type, int MR>
-void floats(const MaskedDelta& w, const Call& c, const float* x, int64_t stride, const int64_t* order, int64_t row, const float* zero, const float* one) {
-  typedef Floats<type> Math;
-  const char* base = static_cast<const char*>(w.base) + row * w.K * Math::SIZE;
-  const int64_t words = (w.K + 31) / 32;
-  const uint32_t* mask[MR];
-  F sum[MR], delta[MR];
-  for (int m = 0; m < MR; m++) {
-    const int32_t task = w.task[order[m]];
-    mask[m] = w.mask[task < 0 ? 0 : task] + row * words;
-    sum[m] = delta[m] = set_f(0);
+  if (s.kind == PLAIN) {
+    const uint16_t* from = static_cast<const uint16_t*>(s.values) + row * K + k;
+    for (int64_t i = 0; i < count; i++) out[i] = from_bits(uint32_t(from[i]) << 16);
+    return;
   }
-  for (int64_t k = 0; k < w.K; k += LANES) {
-    const F b = k + LANES <= w.K ? Math::w(base + k * Math::SIZE) : Math::w_some(base + k * Math::SIZE, w.K - k);
-    const F lower = load_f(zero + k), upper = load_f(one + k);
-    for (int m = 0; m < MR; m++) {
-      const F v = load_f(x + order[m] * stride + k);
-      sum[m] = fma(b, v, sum[m]);
-      delta[m] = fma(choose(bits_of(mask[m], k), lower, upper), v, delta[m]);
-    }
+  const uint8_t* code = static_cast<const uint8_t*>(s.values) + row * row_bytes(s, K) + (s.kind == BYTES ? k : k / 2);
+  alignas(64) uint8_t bytes[PIECE];
+  if (s.kind == NIBBLES) {
+    for (int64_t i = 0; i < (count + 1) / 2; i++) bytes[2 * i] = code[i] & 15, bytes[2 * i + 1] = code[i] >> 4;
+    code = bytes;
   }
-  for (int m = 0; m < MR; m++) {
-    float both[4];
-    sums4(sum[m], delta[m], sum[m], delta[m], both);
-    finish(w, c, order[m], row, both[0], both[1]);
-  }
-}
-
-template <int type> void product_in_floats(const MaskedDelta& w, const Call& c, const Ordered& rows, float* space) {
-  const int64_t stride = (w.K + 31) / 32 * 32, count = c.M;
-  float* x = space;
-  float* scratch = space + count * stride;  // [threads][2][stride]
-#pragma omp parallel for num_threads(c.threads) schedule(static) if (count > 8)
-  for (int64_t m = 0; m < count; m++)
-    for (int64_t k = 0; k < stride; k++) x[m * stride + k] = k < w.K ? load_one(c.x, m * c.stride + k, c.type) : 0.0f;
-#pragma omp parallel for num_threads(c.threads) schedule(static)
-  for (int64_t part = 0; part < c.threads; part++) {
-    float *one = scratch + part * 2 * stride, *zero = one + stride;
-    __builtin_memset(one, 0, 8 * stride);
-    for (int64_t row = w.N * part / c.threads; row < w.N * (part + 1) / c.threads; row++) {
-      if (w.one.kind != CONSTANT || row == w.N * part / c.threads) decode(w.one, w.K, row, one);
-      if (w.has_low) decode(w.low, w.K, row, zero);
-      else if (w.signs) for (int64_t k = 0; k < w.K; k++) zero[k] = -one[k];
-      blocks<6>(rows.count, [&](auto size, int64_t m) {
-        constexpr int MR = decltype(size)::value;
-        floats<type, MR>(w, c, x, stride, rows.order + m, row, zero, one);
-      });
-    }
+  const uint16_t* scales = s.scale + row * ((K + s.group - 1) / s.group);
+  for (int64_t i = 0; i < count;) {
+    const int64_t g = (k + i) / s.group, left = (g + 1) * s.group - k, end = left < count ? left : count;
+    const float scale = from_bits(uint32_t(scales[g]) << 16);
+    for (; i + LANES <= end; i += LANES) store_f(out + i, mul(sub(to_f(widen_u8(code + i)), set_f(float(s.zero))), set_f(scale)));
+    for (; i < end; i++) out[i] = float(int(code[i]) - s.zero) * scale;
   }
 }
 
 #if CC_ISA == 3
 
-// -- pairs of bf16
-
-// What a code of 4 bits is less a zero of 8, and less none, in bf16
-struct Tables {
-  alignas(64) uint16_t at[2][32];
-  constexpr Tables() : at() {
-    constexpr uint16_t SIZE[16] = {0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
-                                   0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
-    for (int q = 0; q < 32; q++) at[0][q] = SIZE[q % 16], at[1][q] = q % 16 >= 8 ? SIZE[q % 16 - 8] : uint16_t(0x8000 | SIZE[8 - q % 16]);
-  }
+struct Merge {  // of a row
+  const uint16_t *base, *shared;
+  const uint32_t* mask;
+  F factor;
 };
-constexpr Tables TABLES;
 
-// 32 codes less their zero
-inline I coded(const SharedVector& s, const uint8_t* p) {
-  if (s.kind == NIBBLES) {
-    const __m128i packed = _mm_loadu_si128((const __m128i*)p), low = _mm_set1_epi8(15);
-    const __m128i even = _mm_and_si128(packed, low), odd = _mm_and_si128(_mm_srli_epi16(packed, 4), low);
-    const __m256i bytes = _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
-    return _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(bytes), load_i(TABLES.at[s.zero == 8]));
-  }
-  const I zero = set_i(s.zero);
-  const F a = to_f(_mm512_sub_epi32(widen_u8(p), zero)), b = to_f(_mm512_sub_epi32(widen_u8(p + 16), zero));
-  return (I)_mm512_cvtne2ps_pbh(b, a);
+// 32 columns: a bit of 1 adds factor times a shared number, a bit of 0 nothing, or takes it away where they are signs. Even and odd
+// columns are halves of 32-bit lanes, and fp32 but for a shift.
+template <bool signs> inline I merged(F factor, I base, I shared, uint32_t bits) {
+  const I high = set_i(int32_t(0xffff0000u));
+  if (signs) shared = _mm512_xor_si512(shared, _mm512_maskz_set1_epi16(~bits, int16_t(0x8000)));
+  const F even = add(_mm512_castsi512_ps(left<16>(base)), mul(_mm512_castsi512_ps(left<16>(shared)), factor));
+  const F odd = add(_mm512_castsi512_ps(and_i(base, high)), mul(_mm512_castsi512_ps(and_i(shared, high)), factor));
+  const I places = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const I words = _mm512_permutexvar_epi16(places, (I)_mm512_cvtne2ps_pbh(odd, even));
+  return signs ? words : _mm512_mask_mov_epi16(base, bits, words);
 }
 
-// a row of shared numbers without their scales, for `stride` columns
-void decode_words(const SharedVector& s, int64_t K, int64_t row, int64_t stride, uint16_t* out) {
-  const uint8_t* from = static_cast<const uint8_t*>(s.values) + row * row_bytes(s, K);
-  const int64_t step = s.kind == NIBBLES ? 16 : 32, ahead = ROWS * row_bytes(s, K);
+template <bool signs> void merge_words(const Merge w, int64_t count, uint16_t* out) {
   int64_t k = 0;
-  for (; k + 32 <= K; k += 32) {
-    __builtin_prefetch(from + k / 32 * step + ahead);
-    _mm512_storeu_si512(out + k, coded(s, from + k / 32 * step));
-  }
-  for (; k < stride; k++) out[k] = k < K ? float_to_bfloat(float(code_of(s, from, k))) : 0;
+  for (; k + 32 <= count; k += 32) store_i(out + k, merged<signs>(w.factor, load_i(w.base + k), load_i(w.shared + k), w.mask[k / 32]));
+  if (k >= count) return;
+  const uint32_t inside = (1u << (count - k)) - 1;
+  const I base = _mm512_maskz_loadu_epi16(inside, w.base + k), shared = _mm512_maskz_loadu_epi16(inside, w.shared + k);
+  store_i(out + k, merged<signs>(w.factor, base, shared, w.mask[k / 32]));
 }
 
-// Sums of MR rows of x and two rows of W
-template <int MR> struct Sums {
-  F at[MR][ROWS];
-  inline Sums() {
-    for (int m = 0; m < MR; m++)
-      for (int r = 0; r < ROWS; r++) at[m][r] = set_f(0);
+#endif
+
+// Columns k .. end of a row of a task's weight, or of the base's where task is -1, rounded to `type`; end - k is a multiple of 32, at most
+// PIECE, and columns from K on are zeros.
+template <int type> void merge(const MaskedDelta& w, int64_t row, int64_t k, int64_t end, int32_t task, char* out) {
+  constexpr int64_t SIZE = bytes_of(type);
+  const int64_t width = end - k, count = w.K - k < width ? w.K - k : width;
+  const char* base = static_cast<const char*>(w.base) + (row * w.K + k) * SIZE;
+  if (task < 0) {
+    __builtin_memcpy(out, base, count * SIZE);
+    __builtin_memset(out + count * SIZE, 0, (width - count) * SIZE);
+    return;
   }
-};
-
-struct Place {  // what a pair of rows of W is multiplied from
-  const uint16_t* base[ROWS];    // of K columns
-  const uint16_t* shared[ROWS];  // of K columns
-  int64_t ahead;                 // bytes from here to the next pair
-  uint32_t flip, signs;          // all ones where a number is for the bits 0, and where bits of 0 stand for -number
-};
-
-struct Inputs {  // MR rows of x
-  const uint16_t* x[4];
-  const uint32_t* mask[4][ROWS];
-};
-
-template <int MR, bool same, bool with_base, bool whole>
-CC_INLINE void step(const Place& p, const Inputs& in, int64_t k, uint32_t inside, Sums<MR>& sum, Sums<MR>& delta) {
-  I base[ROWS], one[ROWS], zero[ROWS], d[ROWS];
-  const I sign = set_i(int32_t(p.signs & 0x80008000u)), kept = set_i(int32_t(p.signs));
-  for (int r = 0; r < ROWS; r++) {
-    one[r] = whole ? load_i(p.shared[r] + k) : _mm512_maskz_loadu_epi16(inside, p.shared[r] + k);
-    zero[r] = and_i(_mm512_xor_si512(one[r], sign), kept);
-    if (with_base) base[r] = whole ? load_i(p.base[r] + k) : _mm512_maskz_loadu_epi16(inside, p.base[r] + k);
-    if (whole && with_base) {
-      __builtin_prefetch(reinterpret_cast<const char*>(p.base[r] + k) + p.ahead);
-      __builtin_prefetch(reinterpret_cast<const char*>(p.shared[r] + k) + p.ahead);
-    }
+  const uint32_t* mask = w.mask[task] + row * ((w.K + 31) / 32) + k / 32;
+#if CC_ISA == 3
+  if (type == BF16 && w.one.kind == PLAIN && !w.has_low) {
+    const uint16_t* shared = static_cast<const uint16_t*>(w.one.values) + row * w.K + k;
+    const Merge own = {reinterpret_cast<const uint16_t*>(base), shared, mask, set_f(w.factor[task])};
+    uint16_t* words = reinterpret_cast<uint16_t*>(out);
+    return w.signs ? merge_words<true>(own, count, words) : merge_words<false>(own, count, words);
   }
+#endif
+  alignas(64) float one[PIECE], zero[PIECE];
+  decode(w.one, w.K, row, k, count, width, one);
+  if (w.has_low) decode(w.low, w.K, row, k, count, width, zero);
+  else for (int64_t i = 0; i < width; i++) zero[i] = w.signs ? -one[i] : 0.0f;
+  const F factor = set_f(w.factor[task]);
+  for (int64_t i = 0; i < width; i += LANES) {
+    alignas(64) char some[64] = {0};
+    const bool whole = i + LANES <= count;
+    if (!whole && i < count) __builtin_memcpy(some, base + i * SIZE, (count - i) * SIZE);
+    const F d = i < count ? choose(bits_of(mask, i), load_f(zero + i), load_f(one + i)) : set_f(0);
+    store_16(out + i * SIZE, add(load_16<type>(whole ? base + i * SIZE : some), mul(d, factor)), type);
+  }
+}
+
+// Names what columns k .. end of a row are merged from
+inline void ask(const MaskedDelta& w, int64_t row, int64_t k, int64_t end, int64_t size, Ahead& ahead) {
+  const int64_t shared = row_bytes(w.one, w.K), width = end - k;
+  ahead.add(static_cast<const char*>(w.base) + (row * w.K + k) * size, width * size);
+  if (shared) ahead.add(static_cast<const char*>(w.one.values) + row * shared + shared * k / w.K, shared * width / w.K);
+  for (int64_t t = 0; t < w.tasks; t++) ahead.add(w.mask[t] + row * ((w.K + 31) / 32) + k / 32, width / 8);
+}
+
+struct Run {  // rows of x of one task, side by side in `order`
+  int64_t first, count;
+  int32_t task;
+};
+
+struct Batch {
+  const int64_t* order;  // places of rows in x and y
+  int64_t count;
+};
+
+// The next run of rows of one task from `at` on, at most `most` of them
+inline Run run_at(const MaskedDelta& w, const Batch& rows, int64_t at, int64_t most) {
+  Run found = {at, 0, w.task[rows.order[at]]};
+  while (found.count < most && at + found.count < rows.count && w.task[rows.order[at + found.count]] == found.task) found.count++;
+  return found;
+}
+
+#if CC_ISA == 3
+
+constexpr int DIRECT = 4;  // rows of x that are multiplied with numbers merged in registers
+
+// BAND rows of W, merged in registers, times MR rows of x from `at` on, whose tasks may be the same; `ask`: for the next band's numbers
+template <int MR, bool same, bool signs>
+void direct_block(const MaskedDelta& w, const int64_t* rows, const int32_t* tasks, const uint16_t* x, int64_t stride, bool ask, F (*held)[BAND]) {
+  const int64_t whole = w.K / 32 * 32, words = (w.K + 31) / 32, ahead = ask ? 2 * BAND * w.K : 0;
+  const uint16_t *base[BAND], *shared[BAND];
+  const uint32_t* mask[MR][BAND];
+  F sum[MR][BAND], factor[MR];
+  for (int r = 0; r < BAND; r++) base[r] = static_cast<const uint16_t*>(w.base) + rows[r] * w.K;
+  for (int r = 0; r < BAND; r++) shared[r] = static_cast<const uint16_t*>(w.one.values) + rows[r] * w.K;
   for (int m = 0; m < MR; m++) {
-    const I v = load_i(in.x[m] + k);
-    for (int r = 0; r < ROWS; r++) {
-      if (!same || m == 0) d[r] = _mm512_mask_mov_epi16(zero[r], in.mask[m][r][k / 32] ^ p.flip, one[r]);
-      if (with_base) sum.at[m][r] = _mm512_dpbf16_ps(sum.at[m][r], (__m512bh)base[r], (__m512bh)v);
-      delta.at[m][r] = _mm512_dpbf16_ps(delta.at[m][r], (__m512bh)d[r], (__m512bh)v);
+    factor[m] = set_f(w.factor[tasks[m]]);
+    for (int r = 0; r < BAND; r++) mask[m][r] = w.mask[tasks[m]] + rows[r] * words, sum[m][r] = set_f(0);
+  }
+  const auto step = [&](int64_t k, const I* b, const I* v) __attribute__((always_inline)) {
+    for (int r = 0; r < BAND; r++) {
+      I d;
+      for (int m = 0; m < MR; m++) {
+        if (m == 0 || (!same && tasks[m] != tasks[m - 1])) d = merged<signs>(factor[m], b[r], v[r], mask[m][r][k / 32]);
+        sum[m][r] = _mm512_dpbf16_ps(sum[m][r], (__m512bh)d, (__m512bh)load_i(x + m * stride + k));
+      }
     }
-  }
-}
-
-// Adds all columns: the base's to sum, and to delta the shared numbers' with the scales of rows first and second
-template <int MR, bool same, bool with_base>
-CC_INLINE void columns(const MaskedDelta& w, const SharedVector& s, const Place& p, const Inputs& in, const int64_t* rows, Sums<MR>& sum, Sums<MR>& delta) {
-  const bool scaled = s.kind == BYTES || s.kind == NIBBLES;
-  const int64_t group = scaled ? s.group : w.K;
-  for (int64_t start = 0; start < w.K; start += group) {
-    const int64_t end = start + group < w.K ? start + group : w.K;
-    Sums<MR> part;
-    int64_t k = start;
-    for (; k + 32 <= end; k += 32) step<MR, same, with_base, true>(p, in, k, 0, sum, part);
-    if (k < end) step<MR, same, with_base, false>(p, in, k, (1u << (end - k)) - 1, sum, part);
-    const float value = s.kind == CONSTANT ? *static_cast<const float*>(s.values) : 1.0f;
-    for (int r = 0; r < ROWS; r++) {
-      const F scale = set_f(scaled ? scale_of(s, w.K, rows[r], start) : value);
-      for (int m = 0; m < MR; m++) delta.at[m][r] = fma(part.at[m][r], scale, delta.at[m][r]);
+  };
+  for (int64_t k = 0; k < whole; k += 32) {
+    I b[BAND], v[BAND];
+    for (int r = 0; r < BAND; r++) {
+      b[r] = load_i(base[r] + k), v[r] = load_i(shared[r] + k);
+      __builtin_prefetch(reinterpret_cast<const char*>(base[r] + k) + ahead);
+      __builtin_prefetch(reinterpret_cast<const char*>(shared[r] + k) + ahead);
     }
+    if (ask && k % 512 == 0)
+      for (int m = 0; m < (same ? 1 : MR); m++)
+        for (int r = 0; r < BAND; r++) __builtin_prefetch(mask[m][r] + k / 32 + BAND * words);
+    step(k, b, v);
   }
+  if (whole < w.K) {
+    I b[BAND], v[BAND];
+    const uint32_t inside = (1u << (w.K - whole)) - 1;
+    for (int r = 0; r < BAND; r++) b[r] = _mm512_maskz_loadu_epi16(inside, base[r] + whole), v[r] = _mm512_maskz_loadu_epi16(inside, shared[r] + whole);
+    step(whole, b, v);
+  }
+  for (int m = 0; m < MR; m++)
+    for (int r = 0; r < BAND; r++) held[m][r] = sum[m][r];
 }
 
-template <int MR, bool same>
-void pair(const MaskedDelta& w, const Call& c, const Place& one, const Place& low, const Inputs& in, const int64_t* order, const int64_t* rows) {
-  Sums<MR> sum, delta;
-  columns<MR, same, true>(w, w.one, one, in, rows, sum, delta);
-  if (w.has_low) columns<MR, same, false>(w, w.low, low, in, rows, sum, delta);
-  for (int m = 0; m < MR; m++) {
-    float both[4];
-    sums4(sum.at[m][0], sum.at[m][1], delta.at[m][0], delta.at[m][1], both);
-    finish(w, c, order[m], rows[0], both[0], both[2]);
-    if (rows[1] != rows[0]) finish(w, c, order[m], rows[1], both[1], both[3]);
+// The end of the rows of x from `at` on whose runs are merged in registers
+inline int64_t direct_end(const MaskedDelta& w, const Batch& batch, int64_t at, int64_t last) {
+  while (at < last) {
+    const Run run = run_at(w, batch, at, last - at);
+    if (w.one.kind != PLAIN || w.has_low || run.task < 0 || run.count > DIRECT) break;
+    at += run.count;
   }
+  return at;
 }
 
-void rows_of_x(const MaskedDelta& w, const Call& c, const Ordered& all, const uint16_t* x, int64_t stride, const Place& one, const Place& low, const int64_t* rows) {
-  const int64_t words = (w.K + 31) / 32;
-  blocks<4>(all.count, [&](auto size, int64_t first) {
+// Sums of four rows of W and the rows of x from `at` to `end`
+void direct(const MaskedDelta& w, const Batch& batch, int64_t at, int64_t end, int64_t row, const uint16_t* x, int64_t stride, F (*held)[BAND]) {
+  int32_t tasks[DIRECT];
+  int64_t rows[BAND];
+  for (int64_t r = 0; r < BAND; r++) rows[r] = row + r < w.N ? row + r : w.N - 1;
+  blocks<DIRECT>(end - at, [&](auto size, int64_t m0) {
     constexpr int MR = decltype(size)::value;
-    const int64_t* order = all.order + first;
-    Inputs in;
-    for (int m = 0; m < MR; m++) {
-      const int32_t task = w.task[order[m]];
-      in.x[m] = x + order[m] * stride;
-      for (int r = 0; r < ROWS; r++) in.mask[m][r] = w.mask[task < 0 ? 0 : task] + rows[r] * words;
-    }
-    if (w.task[order[0]] == w.task[order[MR - 1]]) pair<MR, true>(w, c, one, low, in, order, rows);
-    else pair<MR, false>(w, c, one, low, in, order, rows);
+    const uint16_t* here = x + (at + m0) * stride;
+    bool same = true;
+    for (int m = 0; m < MR; m++) tasks[m] = w.task[batch.order[at + m0 + m]], same &= tasks[m] == tasks[0];
+    const bool ask = at + m0 == 0 && row + 2 * BAND <= w.N;
+    if (same && w.signs) direct_block<MR, true, true>(w, rows, tasks, here, stride, ask, held + m0);
+    else if (same) direct_block<MR, true, false>(w, rows, tasks, here, stride, ask, held + m0);
+    else if (w.signs) direct_block<MR, false, true>(w, rows, tasks, here, stride, ask, held + m0);
+    else direct_block<MR, false, false>(w, rows, tasks, here, stride, ask, held + m0);
   });
 }
 
-// The rows' shared numbers: where they lie, or decoded to `space`
-void open(const SharedVector& s, int64_t K, const int64_t* rows, int64_t stride, uint16_t* space, Place& p) {
-  for (int r = 0; r < ROWS; r++) {
-    p.shared[r] = space + r * stride;
-    if (s.kind == PLAIN) p.shared[r] = static_cast<const uint16_t*>(s.values) + rows[r] * K;
-    else if (s.kind != CONSTANT) decode_words(s, K, rows[r], stride, space + r * stride);
-  }
-}
+#endif
 
-void product_in_words(const MaskedDelta& w, const Call& c, const Ordered& all, char* space) {
-  const int64_t stride = (w.K + 31) / 32 * 32 + 32, count = c.M;  // not a whole number of pages: rows would fall on each other in the cache
-  uint16_t* x = reinterpret_cast<uint16_t*>(space);
-  uint16_t* scratch = x + count * stride;  // [threads][one, low][ROWS][stride]
-  for (int64_t m = 0; m < count; m++) {
-    __builtin_memcpy(x + m * stride, static_cast<const uint16_t*>(c.x) + m * c.stride, 2 * w.K);
-    __builtin_memset(x + m * stride + w.K, 0, 2 * (stride - w.K));
-  }
-  const int64_t pairs = (w.N + ROWS - 1) / ROWS;
+// Products of a few rows of x for each task; x lies in the order of the batch, a row every `stride` numbers
+template <class Math, int type> void product(const MaskedDelta& w, const Call& c, const Batch& rows, const typename Math::X* x, int64_t stride) {
+  const int64_t stop = (w.K + 31) / 32 * 32;
 #pragma omp parallel for num_threads(c.threads) schedule(static)
-  for (int64_t part = 0; part < c.threads; part++) {
-    uint16_t* own = scratch + part * 2 * ROWS * stride;
-    for (int64_t i = 0; i < 2 * ROWS * stride; i++) own[i] = 0x3f80;  // what a constant is multiplied with
-    for (int64_t i = pairs * part / c.threads; i < pairs * (part + 1) / c.threads; i++) {
-      const int64_t rows[ROWS] = {ROWS * i, ROWS * i + 1 < w.N ? ROWS * i + 1 : ROWS * i};
-      Place one, low;
-      for (int r = 0; r < ROWS; r++) one.base[r] = low.base[r] = static_cast<const uint16_t*>(w.base) + rows[r] * w.K;
-      one.ahead = low.ahead = 2 * ROWS * w.K;
-      one.flip = low.signs = 0, low.flip = ~0u, one.signs = w.signs && !w.has_low ? ~0u : 0;
-      open(w.one, w.K, rows, stride, own, one);
-      if (w.has_low) open(w.low, w.K, rows, stride, own + ROWS * stride, low);
-      rows_of_x(w, c, all, x, stride, one, low, rows);
+  for (int64_t row = 0; row < w.N; row += BAND) {
+    alignas(64) char piece[BAND][(PIECE + 32) * Math::SIZE];
+    alignas(64) F sums[MOST][BAND];
+    const char* lines[BAND];
+    Ahead ahead;
+    for (int r = 0; r < BAND; r++) lines[r] = piece[r];
+    for (int64_t first = 0; first < rows.count; first += MOST) {
+      const int64_t last = first + MOST < rows.count ? first + MOST : rows.count;
+      for (int64_t k = 0; k < stop; k += PIECE) {
+        const int64_t end = k + PIECE < stop ? k + PIECE : stop;
+        int64_t at = first;
+#if CC_ISA == 3
+        if constexpr (sizeof(typename Math::X) == 2) {
+          at = direct_end(w, rows, first, last);
+          if (k == 0) direct(w, rows, first, at, row, x, stride, sums);
+        }
+#endif
+        const int64_t below = end < stop ? row : row + BAND, then = end < stop ? end : 0;
+        ahead.clear();
+        for (int64_t r = below; at == 0 && r < below + BAND && r < w.N; r++) ask(w, r, then, then + PIECE < stop ? then + PIECE : stop, Math::SIZE, ahead);
+        while (at < last) {
+          const Run run = run_at(w, rows, at, last - at);
+          for (int64_t r = 0; r < BAND; r++) {
+            merge<type>(w, row + r < w.N ? row + r : w.N - 1, k, end, run.task, piece[r]);
+            if (at == 0) ahead.some((ahead.count + BAND - 1) / BAND);
+          }
+          blocks<6>(run.count, [&](auto size, int64_t m0) {
+            constexpr int MR = decltype(size)::value;
+            F sum[MR][BAND], (*held)[BAND] = sums + (at - first) + m0;
+            for (int m = 0; m < MR; m++)
+              for (int r = 0; r < BAND; r++) sum[m][r] = k ? held[m][r] : set_f(0);
+            dots<Math, BAND, MR>(lines, x + (at + m0) * stride + k, stride, end - k, 0, sum);
+            for (int m = 0; m < MR; m++)
+              for (int r = 0; r < BAND; r++) held[m][r] = sum[m][r];
+          });
+          at += run.count;
+        }
+      }
+      for (int64_t m = first; m < last; m++) {
+        float out[BAND];
+        F* sum = sums[m - first];
+        sums4(sum[0], sum[1], sum[2], sum[3], out);
+        for (int r = 0; r < BAND && w.bias && row + r < w.N; r++) out[r] += load_one(w.bias, row + r, c.type);
+        store_four(c.y, rows.order[m] * w.N + row, c.type, out, w.N - row);
+      }
     }
   }
 }
 
-inline bool whole_steps(const SharedVector& s, int64_t K) { return s.kind == PLAIN || s.kind == CONSTANT || s.group % 32 == 0 || s.group >= K; }
+// Rows of x as numbers that `product` takes, in the order of the batch, with zeros beyond K
+template <class X> void gather(const MaskedDelta& w, const Call& c, const Batch& rows, X* x, int64_t stride) {
+  const bool same = sizeof(X) == bytes_of(c.type);
+#pragma omp parallel for num_threads(c.threads) schedule(static) if (rows.count > 8)
+  for (int64_t i = 0; i < rows.count; i++) {
+    const int64_t from = rows.order[i] * c.stride;
+    X* to = x + i * stride;
+    if (same) __builtin_memcpy(to, static_cast<const char*>(c.x) + from * sizeof(X), w.K * sizeof(X));
+    else for (int64_t k = 0; k < w.K; k++) to[k] = X(load_one(c.x, from + k, c.type));
+    __builtin_memset(to + w.K, 0, (stride - w.K) * sizeof(X));
+  }
+}
+
+template <class Math, int type> void few(const MaskedDelta& w, const Call& c, const Batch& rows, void* space) {
+  typedef typename Math::X X;
+  const int64_t stride = (w.K + 31) / 32 * 32 + 32;  // not a whole number of pages: rows would fall on each other in the cache
+  gather(w, c, rows, static_cast<X*>(space), stride);
+  product<Math, type>(w, c, rows, static_cast<const X*>(space), stride);
+}
+
+#if CC_ISA == 3
+
+struct Merged {  // rows of all tasks' weights, for panels
+  const MaskedDelta& w;
+  struct Rows {
+    const MaskedDelta& w;
+    int64_t first;
+    Rows(const Merged& m, int64_t row, int64_t) : w(m.w), first(row) {}
+    inline int64_t row(int64_t at) const { return first + at < w.N ? first + at : w.N - 1; }
+    void make(int64_t at, int R, int64_t k, int64_t end, int32_t task, uint16_t* out, int64_t pitch) const {
+      for (int64_t r = 0; r < R; r++) merge<BF16>(w, row(at + r), k, end, task, reinterpret_cast<char*>(out + r * pitch));
+    }
+    void ask(int64_t at, int R, int64_t k, int64_t end, Ahead& ahead) const {
+      for (int64_t r = 0; r < R && first + at + r < w.N; r++) CC_NAME(cc)::ask(w, first + at + r, k, end, 2, ahead);
+    }
+  };
+};
+
+// Products of many rows of x for each task
+void many(const MaskedDelta& w, const Call& c, const Batch& rows, uint16_t* x) {
+  for (int64_t next = 0; next < rows.count;) {
+    Part parts[PANELS];
+    int64_t lane[PANELS * PANEL], panels = 0, number = 0;  // the row of x of each lane, or -1
+    while (next < rows.count && panels < PANELS) {
+      const Run run = run_at(w, rows, next, (PANELS - panels) * PANEL);
+      const Part part = {panels, panels_of(run.count), run.task};
+      for (int64_t i = 0; i < part.count * PANEL; i++) lane[panels * PANEL + i] = i < run.count ? rows.order[next + i] : -1;
+      parts[number++] = part, panels += part.count, next += run.count;
+    }
+    const int64_t size = panel_size(w.K);
+    each(c.threads, panels, [&](int64_t panel) {
+      const uint16_t* from[PANEL];
+      for (int64_t i = 0; i < PANEL; i++) {
+        const int64_t row = lane[panel * PANEL + i];
+        from[i] = row < 0 ? nullptr : static_cast<const uint16_t*>(c.x) + row * c.stride;
+      }
+      pack_panel(from, w.K, x + panel * size);
+    });
+    panel_product(Merged{w}, w.N, w.K, parts, number, x, c.threads, [&](int64_t panel, int64_t n, F* sum) {
+      uint16_t* at[PANEL];
+      for (int64_t i = 0; i < PANEL; i++) {
+        const int64_t row = lane[panel * PANEL + i];
+        at[i] = row < 0 ? nullptr : static_cast<uint16_t*>(c.y) + row * w.N + n;
+      }
+      if (w.bias)
+        for (int64_t r = 0; r < 8 && n + r < w.N; r++) sum[r] = add(sum[r], set_f(load_one(w.bias, n + r, BF16)));
+      store_panel(sum, at, w.N - n);
+    });
+  }
+}
 
 #endif
 
@@ -297,26 +359,34 @@ extern "C" int CC_NAME(cc_masked_delta)(const MaskedDelta* weight, const Call* c
   if (w.N < 1 || w.K < 1 || w.tasks < 1 || c.M < 0 || c.threads < 1 || (c.M > 1 && c.stride < w.K)) return CC_BAD_SHAPE;
   const int wrong = unfit(w.one) ? unfit(w.one) : w.has_low ? unfit(w.low) : CC_OK;
   if (wrong) return wrong;
-  const int64_t stride = (w.K + 31) / 32 * 32;
-  if (c.workspace_bytes < 8 * c.M + 4 * (c.M + 2 * c.threads) * (stride + 32)) return CC_SMALL_WORKSPACE;
+  const int64_t rows = 8 * c.M, stride = (w.K + 31) / 32 * 32 + 32;
+  if (c.workspace_bytes < rows + 64 + 4 * c.M * stride) return CC_SMALL_WORKSPACE;
   for (int64_t m = 0; m < c.M; m++)
     if (w.task[m] < -1 || w.task[m] >= w.tasks) return CC_BAD_SHAPE;
+  // rows of x of tasks with few of them, then of those with many, those of a task side by side
   int64_t* order = static_cast<int64_t*>(c.workspace);
-  int64_t next = 0;
-  for (int64_t task = -1; task < w.tasks; task++)
-    for (int64_t m = 0; m < c.M; m++)
-      if (w.task[m] == task) order[next++] = m;
-  const Ordered rows = {c.M, order};
-  char* space = static_cast<char*>(c.workspace) + 8 * c.M;
+  int64_t next = 0, some = 0;
+  for (int pass = 0; pass < 2; pass++) {
+    for (int64_t task = -1; task < w.tasks; task++) {
+      int64_t count = 0;
+      for (int64_t m = 0; m < c.M; m++) count += w.task[m] == task;
+      if ((CC_ISA == 3 && c.type == BF16 && count >= MANY) != (pass == 1)) continue;
+      for (int64_t m = 0; m < c.M; m++)
+        if (w.task[m] == task) order[next++] = m;
+    }
+    if (pass == 0) some = next;
+  }
+  char* space = static_cast<char*>(c.workspace) + (rows + 63) / 64 * 64;
+  const Batch short_runs = {order, some};
 #if CC_ISA == 3
-  if (c.type == BF16 && whole_steps(w.one, w.K) && (!w.has_low || whole_steps(w.low, w.K))) {
-    product_in_words(w, c, rows, space);
+  if (c.type == BF16) {
+    few<Words, BF16>(w, c, short_runs, space);
+    many(w, c, {order + some, c.M - some}, reinterpret_cast<uint16_t*>(space));
     return CC_OK;
   }
 #endif
-  float* floats = reinterpret_cast<float*>(space);
-  if (c.type == BF16) product_in_floats<BF16>(w, c, rows, floats);
-  else if (c.type == F16) product_in_floats<F16>(w, c, rows, floats);
-  else product_in_floats<F32>(w, c, rows, floats);
+  if (c.type == BF16) few<Floats<BF16>, BF16>(w, c, short_runs, space);
+  else if (c.type == F16) few<Floats<F16>, F16>(w, c, short_runs, space);
+  else few<Floats<F32>, F32>(w, c, short_runs, space);
   return CC_OK;
 }

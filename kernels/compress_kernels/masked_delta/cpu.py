@@ -1,7 +1,7 @@
 """Our own CPU kernel for one base and many tasks' masked deltas (`cpu.cpp`): base, shared vector and bits are read where they lie.
 
-Nothing is repacked, so a job is made for every call; one pass serves all tasks of a batch. The base's product is not rounded
-before the delta's is added, as it is in the reference.
+Nothing is repacked, so a job is made for every call; one pass serves all tasks of a batch. A task's weight is merged piece by
+piece, in the nearest cache.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ def linear(
     return run(x, W0, bias, *parts, [d.mask for d in found], [d.scale for d in found], rows, are_signs)  # type: ignore[no-any-return]
 
 
+def shared_vector(shared: Shared, inputs: int) -> native.Shared:
+    """A shared vector of rows of so many numbers as the library takes it, without its `low`."""
+    return _shared(shared.values, shared.scale, shared.bits, shared.zero, inputs)
+
+
 def _shared(values: torch.Tensor, scale: torch.Tensor | None, bits: int, zero: int, inputs: int) -> native.Shared:
     if values.dim() == 1:
         return native.Shared(3, 0, inputs, values.data_ptr(), None)
@@ -73,8 +78,8 @@ def _product(
         _shared(low, low_scale, low_bits, low_zero, I) if has_low else native.Shared(), n,
         (ctypes.c_void_p * n)(*(m.data_ptr() for m in masks)), (ctypes.c_float * n)(*factors), (ctypes.c_int32 * len(rows))(*rows),
     )  # fmt: skip
-    stride, threads = -(-I // 32) * 32 + 32, torch.get_num_threads()
-    return native.product("cc_masked_delta", job, x, I, O, lambda M: 8 * M + 4 * (M + 2 * threads) * stride)
+    stride = -(-I // 32) * 32 + 32
+    return native.product("cc_masked_delta", job, x, I, O, lambda M: 8 * M + 64 + 4 * M * stride)
 
 
 @torch.library.custom_op("compress_kernels::masked_delta_cpu", mutates_args=())

@@ -1,9 +1,9 @@
-"""The definition of `masked_delta`: y = x W0ᵀ + bias + s_t x d_tᵀ, the rows of x grouped by their task t.
+"""The definition of `masked_delta`: y = x W_tᵀ + bias with W_t = W0 + s_t d_t, the rows of x grouped by their task t.
 
 d_t (O, I) is made of a shared v and one bit per weight and task: b v where bits are a mask, (2 b - 1) v where they are signs, b
-v + (1 - b) v_0 where there is a second vector `low`. The product with W0 is taken once for all rows, in x's dtype; a task's own
-product is added in fp32 and the sum rounded to x's dtype. Rows without a task, and tasks without a delta, are the base's bit
-for bit.
+v + (1 - b) v_0 where there is a second vector `low`. W_t is computed in fp32 and rounded once to x's dtype, as `compress extract`
+writes it, so that a task's rows get the product of its extracted checkpoint; in bf16 that is at most 2^-9 of a weight.
+Rows without a task, and tasks without a delta, are the base's bit for bit. A path may differ in the order of summation only.
 """
 
 from __future__ import annotations
@@ -88,15 +88,14 @@ def linear(
     y = F.linear(x, W0, bias)
     O, I = W0.shape
     owned = {t: rows for t, rows in groups(tasks, len(x)).items() if t in deltas}
-    if not owned:
-        return y
-    parts = {t: x[rows].float() for t, rows in owned.items()}
+    parts = {t: x[rows] for t, rows in owned.items()}
     step = max(1, TILE // I)
-    for start in range(0, O, step):
+    for start in range(0, O if owned else 0, step):
         tile = slice(start, min(start + step, O))
         pair = values(shared, I, are_signs, tile)
+        own = None if bias is None else bias[tile]
         for task, rows in owned.items():
             assert task is not None
-            own = F.linear(parts[task], decode(deltas[task], pair, I, tile))
-            y[rows, ..., tile] = (y[rows][..., tile].float() + own).to(y.dtype)
+            W = (decode(deltas[task], pair, I, tile) + W0[tile]).to(x.dtype)
+            y[rows, ..., tile] = F.linear(parts[task], W, own)
     return y
