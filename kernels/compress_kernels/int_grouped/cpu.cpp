@@ -67,12 +67,12 @@ inline int chunk_of(int bits) { return bits == 8 ? 8 : bits == 3 ? 32 : 16; }
 inline F zero_of(const IntGrouped& w, int64_t at) { return w.zero ? to_f(widen_u8(w.zero + at)) : set_f(float(1 << (w.bits - 1))); }
 
 template <int bits> inline void ask_codes(const uint8_t* p) {
-  for (int u = 0; u < Codes<bits>::UNITS; u++) fetch(p + AHEAD + u * UNIT);
+  for (int u = 0; u < Codes<bits>::UNITS; u++) ask_near(p + AHEAD + u * UNIT);
 }
 
 inline void ask_scales(const IntGrouped& w, int64_t at) {
-  fetch(static_cast<const char*>(w.scale) + at * bytes_of(w.scale_type) + SOON);
-  if (w.zero) fetch(w.zero + at + SOON);
+  ask_near(static_cast<const char*>(w.scale) + at * bytes_of(w.scale_type) + SOON);
+  if (w.zero) ask_near(w.zero + at + SOON);
 }
 
 // y of MR rows of x and one tile, int8 activations; SUB, where not 0, is w.sub
@@ -241,8 +241,8 @@ template <class Column> void outliers_of_one(const IntGrouped& w, const float* x
   F sum[HALVES];
   for (int h = 0; h < HALVES; h++) sum[h] = set_f(0);
   for (int64_t i = w.step[tile] * ROWS; i < w.step[tile + 1] * ROWS; i += ROWS) {
-    fetch(column + i + NEXT);
-    fetch(static_cast<const uint16_t*>(w.step_value) + i + NEXT);
+    ask_near(column + i + NEXT);
+    ask_near(static_cast<const uint16_t*>(w.step_value) + i + NEXT);
     ask_far(codes), codes += UNIT;
     for (int h = 0; h < HALVES; h++)
       sum[h] = fma(load_typed(w.step_value, i + h * LANES, w.value_type), pick(x, column + i + h * LANES), sum[h]);

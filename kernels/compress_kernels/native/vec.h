@@ -332,7 +332,7 @@ template <class Column> inline F pick(const float* x, const Column* column) {
 #endif
 }
 
-inline void fetch(const void* p) { __builtin_prefetch(p, 0, 3); }  // for the line that p lies in, or would; nothing is read
+inline void ask_near(const void* p) { __builtin_prefetch(p, 0, 3); }  // for the line that p lies in, or would; nothing is read
 inline void ask_far(const void* p) { __builtin_prefetch(p, 0, 2); }  // only as near as the second cache
 
 inline constexpr int bytes_of(int type) { return type == F32 ? 4 : 2; }
