@@ -1,11 +1,15 @@
 """Decode speed of a compressed model beside the dense one and llama.cpp, in turns on one machine.
 
     python benchmarks/decode.py ARTIFACT --dense MODEL [--llama-python PYTHON --gguf FILE] [--threads 2]
+    python benchmarks/decode.py BUNDLE --base MODEL --task NAME [--mixed] --dense FINETUNE
+    python benchmarks/decode.py --shape llama3-8b --blocks 4 --work FOLDER [--contenders loop,dense]
 
 Each contender is a process that waits for its turn; a turn is a prompt of random tokens and then `--tokens` greedy ones, of which
 the decode part counts. Noise of the machine meets all of them; minima of seconds are compared, medians printed beside. llama.cpp
 is llama-cpp-python in an environment of its own, driven through its C interface without sampling objects; its GGUF should have the
-artifact's widths (Q4_0, output and embedding Q8_0 beside `--lm-head-bits 8`). A row goes to results/decode.jsonl.
+artifact's widths (Q4_0, output and embedding Q8_0 beside `--lm-head-bits 8`). Of a bundle, --mixed keeps base, shared vector and
+bits as they are, and without it the task's weights are dense. With --shape a checkpoint of random weights is made, quantized and
+removed (`shapes.py`). A row goes to results/decode.jsonl.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from statistics import median
 from typing import Any
 
 import jsonl
+import shapes
 
 RESULTS = Path(__file__).resolve().parent / "results" / "decode.jsonl"
 
@@ -60,15 +65,18 @@ for line in sys.stdin:
 """
 
 
-def worker(kind: str, folder: str, threads: int, prompt: int, tokens: int) -> None:
-    """`generate` or our own `loop`; a turn for every line of stdin."""
+def worker(kind: str, folder: str, threads: int, prompt: int, tokens: int, of: dict[str, Any]) -> None:
+    """`generate` or our own `loop`; a turn for every line of stdin. `of` says which task of a bundle."""
     import torch
     import transformers
 
     import compress
 
     torch.set_num_threads(threads)
-    model: Any = compress.load(folder, dtype="bfloat16")
+    mixed = of.pop("mixed", False)
+    model: Any = compress.load(folder, dtype="bfloat16", **({"base": of["base"]} if mixed else of))
+    if mixed:
+        model.set_task(of["task"])
     ids = torch.randint(3, model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
     turn = {"generate": _generate, "loop": _loop}[kind]
     route = getattr(model, "decoding", None)
@@ -135,8 +143,12 @@ class Contender:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifact")
-    parser.add_argument("--dense", required=True, help="the dense model")
+    parser.add_argument("artifact", nargs="?")
+    parser.add_argument("--dense", help="the dense model")
+    parser.add_argument("--contenders", default="loop,generate,dense", help="which of ours run")
+    parser.add_argument("--base", help="of a bundle")
+    parser.add_argument("--task", help="of a bundle")
+    parser.add_argument("--mixed", action="store_true", help="the bundle as a model of all tasks, set to the one")
     parser.add_argument("--llama-python", help="a Python with llama-cpp-python")
     parser.add_argument("--gguf", help="the model for it")
     parser.add_argument("--threads", type=int, default=2)
@@ -144,14 +156,32 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--label", default="", help="names the row")
+    shapes.options(parser)
     args = parser.parse_args()
+    args.ours = args.contenders.split(",")
+    if bool(args.artifact) == bool(args.shape) or not {*args.ours} <= {"loop", "generate", "dense"}:
+        parser.error("name an artifact, or --shape; --contenders are loop, generate and dense")
+    if not args.shape:
+        if "dense" in args.ours and not args.dense:
+            parser.error("--dense, or other --contenders")
+        run(args)
+        return
+    with shapes.made(args, dense="dense" in args.ours) as made:
+        args.artifact, args.dense, args.label = str(made.artifact), str(made.dense), args.label or made.label
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Let the contenders take turns."""
+    of = {"base": args.base, "task": args.task, "mixed": args.mixed} if args.task else {}
     sizes = [str(args.threads), str(args.prompt), str(args.tokens)]
     ours = [sys.executable, __file__, "--worker"]
     commands = {
-        "loop": [*ours, "loop", args.artifact, *sizes],
-        "generate": [*ours, "generate", args.artifact, *sizes],
-        "dense": [*ours, "generate", args.dense, *sizes],
+        "loop": [*ours, "loop", args.artifact, *sizes, json.dumps(of)],
+        "generate": [*ours, "generate", args.artifact, *sizes, json.dumps(of)],
+        "dense": [*ours, "generate", args.dense, *sizes, "{}"],
     }
+    commands = {name: commands[name] for name in args.ours}
     if args.llama_python:
         commands["llama.cpp"] = [args.llama_python, "-c", LLAMA, args.gguf, *sizes]
     contenders = [Contender(name, command, args.threads) for name, command in commands.items()]
@@ -173,7 +203,8 @@ def report(args: argparse.Namespace, contenders: list[Contender]) -> None:
     print(f"{'':10s} {'best tok/s':>10s} {'median':>8s} {'first s':>8s}")
     for c in contenders:
         print(f"{c.name:10s} {best[c.name]:10.1f} {usual[c.name]:8.1f} {min(c.first):8.3f}  {c.about.get('path', '')}")
-    ratios = {f"{a}/{b}": round(best[a] / best[b], 3) for a in ("loop", "generate") for b in ("dense", "llama.cpp") if b in best}
+    pairs = [(a, b) for a in ("loop", "generate") for b in ("dense", "llama.cpp") if a in best and b in best]
+    ratios = {f"{a}/{b}": round(best[a] / best[b], 3) for a, b in pairs}
     print("  ".join(f"{name} {value:.2f}" for name, value in ratios.items()))
     jsonl.append(
         RESULTS,
@@ -188,6 +219,7 @@ def report(args: argparse.Namespace, contenders: list[Contender]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        worker(sys.argv[2], sys.argv[3], *map(int, sys.argv[4:7]))
+        numbers = map(int, sys.argv[4:7])
+        worker(sys.argv[2], sys.argv[3], *numbers, json.loads(sys.argv[7]))
     else:
         main()

@@ -1,12 +1,15 @@
 """The GPU kernels on the GPU at hand: right against fp64, and times beside dense bf16; run by gpu.sh.
 
-    benchmarks/gpu.sh [--out FILE] [--minutes 8] [--kinds W4 W3 …] [--shapes 14336x4096 …] [--rows 1 4 …] [--tune] [--dry]
+    benchmarks/gpu.sh [--out FILE] [--minutes 8.5] [--tune 2.5] [--table FILE] [--kinds W4 …] [--shapes 14336x4096 …] [--rows 1 …]
     benchmarks/gpu.sh --plot PNG [--out FILE]      the speed-ups in FILE, drawn; measures nothing
+    benchmarks/gpu.sh --dry                        all of it at toy size in Triton's interpreter
 
-First every kernel is checked; a wrong result ends the run with exit code 1 and times nothing. Then the GPU's own ceilings,
-products of Llama-3-8B's shapes, and all linears of the model one after the other for several batch sizes (no attention:
-tokens/s are a bound). Times are of CUDA-graph replays in which the weights go round through 192 MB of copies, so that they come
-from memory; inputs and weights are random. Every row has the device, versions and the commit.
+First every kernel is checked, and a small model through its own modules. A wrong result makes the exit code 1; all that is timed
+afterwards then says how many were wrong, and is no measurement. Then the table of W4's ways is measured (`gpu_tune`), for the rest
+of the run and to be kept; the GPU's own ceilings; a token of a Llama-3-8B-shaped model (`gpu_decode`); and products of that model's
+shapes. Times are of CUDA-graph replays in which the weights go round through 192 MB of copies, so that they come from memory;
+inputs and weights are random. Every row has the device, versions and the commit. `or_dense` in a row: the speed-up where the
+weight has a dense copy (COMPRESS_GPU_DENSE), which takes the faster of the two.
 """
 
 from __future__ import annotations
@@ -17,9 +20,11 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +36,8 @@ from compress_kernels import gpu_table, gpu_tune
 from compress_kernels.int_grouped import triton
 from compress_kernels.int_grouped_outliers import triton as outliers
 from gpu_checks import checks
+from gpu_decode import decode
+from gpu_model import model
 from jsonl import append, load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,8 +45,6 @@ SHAPES = ["6144x4096", "4096x4096", "28672x4096", "4096x14336", "14336x4096", "1
 KINDS = {"W4": (4, 0.0), "W3": (3, 0.0), "W4+1%": (4, 0.01), "W2": (2, 0.0), "W8": (8, 0.0)}
 ROWS = [1, 4, 16, 64, 256, 4096]
 GROUP = 128
-LAYER = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]  # q/k/v, o, gate/up, down of Llama-3-8B
-HEAD, LAYERS, BATCHES = (128256, 4096), 32, (1, 8, 32, 64)
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -54,18 +59,20 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=None, help="JSON lines are appended here (benchmarks/results/gpu.jsonl)")
-    parser.add_argument("--minutes", type=float, default=8.0, help="no cell is begun later than this")
+    parser.add_argument("--minutes", type=float, default=8.5, help="no cell is begun later than this")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--shapes", nargs="+", type=shape, default=None)
     parser.add_argument("--rows", nargs="+", type=int, default=None, help="rows of x")
-    parser.add_argument("--tune", action="store_true", help="measure and write the dispatch table of W4 first")
+    parser.add_argument("--tune", type=float, default=2.5, help="minutes for the table of W4's ways; 0: none, use what there is")
+    parser.add_argument("--table", type=Path, default=None, help="where that table is kept (beside --out)")
     parser.add_argument("--plot", type=Path, default=None, help="draw the speed-ups of --out's rows into this file, and stop")
     parser.add_argument("--dry", action="store_true", help="tiny shapes in the interpreter, no GPU, no times")
     options = parser.parse_args(argv)
     options.shapes = options.shapes or [shape(s) for s in (["256x256"] if options.dry else SHAPES)]
+    options.tuned = [(256, 256)] if options.dry else [s for s in options.shapes if s[0] % 128 == 0 and s[1] % 256 == 0]
     options.rows = options.rows or ([1, 3] if options.dry else ROWS)
-    if min(options.rows) < 1 or options.minutes <= 0:
-        parser.error("--rows are at least 1, --minutes above 0")
+    if min(options.rows) < 1 or options.minutes <= 0 or options.tune < 0:
+        parser.error("--rows are at least 1, --minutes above 0, --tune at least 0")
     if not options.dry and options.plot is None and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --dry checks this script without one")
     options.out = options.out or (None if options.dry and options.plot is None else ROOT / "benchmarks" / "results" / "gpu.jsonl")
@@ -90,13 +97,21 @@ def facts(dry: bool) -> dict[str, Any]:
     return seen | ({"dry": True} if dry else {"cuda": torch.version.cuda})
 
 
+def clocks() -> dict[str, str]:
+    """The GPU's clocks right after it worked, where nvidia-smi is there to tell."""
+    query = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,driver_version"
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, check=False, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    return {"clocks": f"{query}: {done.stdout.strip()}"} if done.returncode == 0 else {}
+
+
 def times(calls: Sequence[Callable[[], object]], dry: bool) -> list[float]:
     """Microseconds per call; in a dry run one wall-clock time, which says nothing."""
-    if not dry:
-        return gpu_tune.graph_times(calls, 0.15)
-    start = time.perf_counter()
-    calls[0]()
-    return [(time.perf_counter() - start) * 1e6]
+    return gpu_tune.wall_times(calls) if dry else gpu_tune.graph_times(calls, 0.15)
 
 
 def ceilings(device: torch.device, dry: bool) -> dict[str, float]:
@@ -160,37 +175,24 @@ def cells(options: argparse.Namespace, device: torch.device, top: dict[str, floa
                 yield {
                     "kind": f"{kind} g{GROUP}", "shape": [O, I], "M": M, "dtype": "bfloat16", "path": how.path, "BM": how.BM,
                     "BN": how.BN, "split": how.split, "us": us, "p20": seen[len(seen) // 5], "p80": seen[len(seen) * 4 // 5],
-                    "dense_us": theirs, "speedup": theirs / us, "GB_s": size / us / 1e3, "TFLOP_s": flops / us / 1e6,
+                    "dense_us": theirs, "speedup": theirs / us, "or_dense": max(1.0, theirs / us),
+                    "GB_s": size / us / 1e3, "TFLOP_s": flops / us / 1e6,
                     "roofline": floor / us, "roofline_less_launch": floor / max(us - top["launch_us"], 1e-9),
                 }  # fmt: skip
             del ours, dense
 
 
-def stack(device: torch.device, top: dict[str, float], dry: bool) -> Iterator[dict[str, Any]]:
-    """All linears of Llama-3-8B one after the other in one graph, W4 with a W4 head and dense, for several batch sizes."""
-    shapes, layers = ([(256, 256)] * 2, 1) if dry else ([*LAYER * LAYERS, HEAD], LAYERS)
-    ours = [gpu_tune.random_weight(O, I, 4, GROUP, False, torch.bfloat16, device) for O, I in shapes]
-    dense = [torch.randn(O, I, device=device).bfloat16() for O, I in shapes]
-    for batch in BATCHES[: 1 if dry else None]:
-        xs = {I: torch.randn(batch, I, device=device).bfloat16() for _, I in shapes}
-        ys = {O: torch.empty(batch, O, dtype=torch.bfloat16, device=device) for O, _ in shapes}
+def tune(options: argparse.Namespace, device: torch.device, name: str) -> None:
+    """Measure W4's table and use it from here on."""
+    beside = Path(tempfile.gettempdir()) if options.out is None else options.out.parent
+    path = options.table or beside / f"gpu-{gpu_table.slug(name)}.json"
+    rows = options.rows if options.dry else sorted({*options.rows, 1, 16, 64, 128, 256, 512, 1024, 4096})
 
-        def ours_once(xs: dict[int, torch.Tensor] = xs, ys: dict[int, torch.Tensor] = ys, M: int = batch) -> None:
-            for w in ours:
-                O, I = w.shape
-                triton.run(xs[I], w, None, ys[O], gpu_table.choose(4, GROUP, w.shape, M, device))
+    def told(row: dict[str, Any]) -> None:
+        print("table:", json.dumps(row), flush=True)
 
-        def dense_once(xs: dict[int, torch.Tensor] = xs, ys: dict[int, torch.Tensor] = ys) -> None:
-            for W in dense:
-                torch.mm(xs[W.shape[1]], W.T, out=ys[W.shape[0]])
-
-        us, theirs = (statistics.median(times([once], dry)) for once in (ours_once, dense_once))
-        moved = sum(held(w) for w in ours) + sum(2 * batch * (O + I) for O, I in shapes)
-        yield {
-            "stack": "linears of Llama-3-8B, W4 g128 and head", "layers": layers, "batch": batch, "us": us, "dense_us": theirs,
-            "speedup": theirs / us, "tokens_s": batch / us * 1e6, "dense_tokens_s": batch / theirs * 1e6,
-            "roofline": moved / top["bytes_s"] * 1e6 / us,
-        }  # fmt: skip
+    os.environ["COMPRESS_GPU_TABLE"] = str(path)
+    gpu_tune.tune((4,), (GROUP,), options.tuned, rows, path, told, True, options.tune * 60, device)
 
 
 def main() -> int:
@@ -211,20 +213,30 @@ def main() -> int:
             append(options.out, {**row, **common})
 
     wrong = total = 0
-    for row in checks(device, (torch.bfloat16,) if options.dry else (torch.float16, torch.bfloat16), small=options.dry):
+    types = (torch.bfloat16,) if options.dry else (torch.float16, torch.bfloat16)
+    for row in chain(checks(device, types, small=options.dry), model(device)):
         note(row)
+        if "skipped" in row:
+            print("skipped:", row["skipped"], row["why"])
+            continue
         total += 1
         if not row["good"]:
             wrong += 1
             print("wrong:", json.dumps(row), flush=True)
     print(f"{total - wrong} of {total} checks are right", flush=True)
     if wrong:
-        return 1
-    if options.tune and not options.dry:
-        print("table:", gpu_tune.tune(progress=lambda row: print(json.dumps(row), flush=True)))
+        common["wrong_checks"] = wrong
+    if options.tune:
+        tune(options, device, common["device"])
     top = ceilings(device, options.dry)
-    note({"ceilings": top})
+    note({"ceilings": top, **clocks()})
     print(json.dumps(top))
+    for row in decode(device, partial(times, dry=options.dry), top["bytes_s"], options.dry):
+        note(row)
+        print(
+            f"a token of {row['decode']}, batch {row['batch']}: {row['tokens_s']:.0f} tokens/s, dense {row['dense_tokens_s']:.0f},"
+            f" {row['speedup']:.2f}x, {row['roofline']:.0%} of the roofline", flush=True,
+        )  # fmt: skip
     print(f"{'kind':12}{'shape':>14}{'M':>6}{'path':>9}{'us':>10}{'dense':>10}{'ratio':>7}{'roof':>6}{'less':>6}")
     for row in cells(options, device, top, end):
         note(row)
@@ -236,14 +248,7 @@ def main() -> int:
             f"{row['kind']:12}{label:>14}{row['M']:>6}{row['path']:>9}{row['us']:>10.2f}{row['dense_us']:>10.2f}{row['speedup']:>7.2f}"
             f"{row['roofline']:>6.0%}{row['roofline_less_launch']:>6.0%}", flush=True,
         )  # fmt: skip
-    for row in stack(device, top, options.dry) if time.monotonic() < end else ():
-        note(row)
-        print(
-            f"all linears, batch {row['batch']}: {row['tokens_s']:.0f} tokens/s, dense {row['dense_tokens_s']:.0f},"
-            f" {row['speedup']:.2f}x, {row['roofline']:.0%} of the roofline",
-            flush=True,
-        )
-    return 0
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

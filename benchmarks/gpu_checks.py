@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 from compress_kernels import bits as bitpack
 from compress_kernels import gpu_table, hadamard
 from compress_kernels.gpu_table import Choice
+from compress_kernels.hadamard import matrices
 from compress_kernels.hadamard import reference as hadamard_reference
-from compress_kernels.int_grouped import reference, triton
+from compress_kernels.int_grouped import fused, reference, triton
 from compress_kernels.int_grouped_outliers import triton as outliers
 
 CLOSE = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 1e-6}  # one rounding of the outputs: 2^-11 and 2^-8 at most
@@ -71,7 +73,7 @@ def _product(what: str, w: Weight, M: int, dtype: torch.dtype, how: Choice, bias
     triton.run(x, w.packed, b, y, how)
     triton.run(x, w.packed, b, again, how)
     want = F.linear(x.double(), w.dense, None if b is None else b.double())
-    most = CLOSE[dtype] * (2 if how.path == "scratch" else 1)  # the scratch weight is rounded too
+    most = CLOSE[dtype] * (1 if how.path == "fused" else 2)  # a decoded weight is rounded too
     error = _error(y, want)
     if not torch.equal(y, again) or bool(w.packed.locks.any()):
         error = float("inf")
@@ -93,6 +95,8 @@ def checks(device: torch.device, types: tuple[torch.dtype, ...], small: bool = F
         yield from _side_cars(device, dtype, small)
         yield from _fused(device, dtype)
         yield from _rotations(device, dtype, small)
+        if device.type == "cuda":
+            yield from _captured(device, dtype)
 
 
 def _ways(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[dict[str, Any]]:
@@ -101,9 +105,13 @@ def _ways(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[dic
     plan = [(1, Choice("fused", 16, 128, split=3)), (17, Choice("fused", 32, 64, split=5)), (64, Choice("fused", 64, stages=3))]
     if not small:
         plan += [(3, Choice("fused", 16, 64)), (65, Choice("fused", 64, 64, stages=3, split=2))]
-        plan += [(200, Choice("fused", 128, 128, 8, 3)), (700, Choice("scratch")), (130, Choice("scratch", slab=640 * 2 * 128))]
+        plan += [(200, Choice("fused", 128, 128, 8, 3)), (300, Choice("fused", 256, 64, 8, 3)), (700, Choice("scratch"))]
     for M, how in plan:
         yield _product("ways", w, M, dtype, how, bias=True)
+    for ahead in (False, True):  # three slabs, by turns in two buffers
+        yield _product("slabs", w, 70, dtype, Choice("scratch", slab=640 * 2 * 128, ahead=ahead), bias=True)
+    w.packed = replace(w.packed, dense=triton.dequantize(w.packed, 0, torch.empty(384, 640, dtype=dtype, device=device)))
+    yield _product("a dense copy", w, 70, dtype, Choice("dense"), bias=True)
     x = _inputs(4, 1280, dtype, device)[:, ::2]
     x[2, 5] = float("nan")
     y = triton.linear(x, w.packed)
@@ -133,14 +141,15 @@ def _side_cars(device: torch.device, dtype: torch.dtype, small: bool) -> Iterato
 def _fused(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     weights = [Weight(O, 256, 4, 128, dtype, device, seed=O) for O in (256, 100, 130)]
     x = _inputs(3, 256, dtype, device)
-    whole, members = triton.fuse([w.packed for w in weights])
-    for w, y in zip(weights, triton.split(triton.linear(x, whole), members), strict=True):
+    whole, members = fused.fuse([w.packed for w in weights])
+    for w, y in zip(weights, fused.linear(x, whole, members, [None] * 3), strict=True):
         yield _row("fused", dtype, _error(y, F.linear(x.double(), w.dense)), CLOSE[dtype])
 
 
 def _rotations(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[dict[str, Any]]:
-    for n, order in ((256, 1), (48, 12)) if small else ((128, 1), (4096, 1), (8192, 1), (192, 12), (1280, 20)):
-        base = _paley(order).to(device) if order > 1 else None
+    for n in (256, 48) if small else (128, 4096, 8192, 192, 1280, 11008, 14336):
+        base = matrices.base(n)
+        base = None if base is None else base.to(device)
         x, up = (_inputs(M, n, dtype, device)[:3] for M in (3, 4))
         for gated in (None, up):
             y = hadamard.transform(x, base, gated)
@@ -149,11 +158,21 @@ def _rotations(device: torch.device, dtype: torch.dtype, small: bool) -> Iterato
             yield _row(f"hadamard {n}{', gated' * (roundings > 1)}", dtype, _error(y, want), CLOSE[dtype] * roundings)
 
 
-def _paley(order: int) -> torch.Tensor:
-    """Paley's first matrix of order q + 1, q a prime that is 3 mod 4."""
-    q = order - 1
-    squares = {i * i % q for i in range(1, q)}
-    chi = torch.tensor([[0 if i == j else 1 if (i - j) % q in squares else -1 for j in range(q)] for i in range(q)])
-    S = torch.zeros(order, order, dtype=torch.long)
-    S[0, 1:], S[1:, 0], S[1:, 1:] = 1, -1, chi
-    return (S + torch.eye(order, dtype=torch.long)).to(torch.int8)
+def _captured(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Every way in a CUDA graph, replayed twice with other inputs than those of the capture."""
+    w = Weight(300, 640, 4, 128, dtype, device, share=0.01)
+    plan = [(1, Choice("fused", 16, 128, split=3)), (17, Choice("fused", 32, 64, split=2))]
+    plan += [(70, Choice("scratch", slab=640 * 2 * 128, ahead=ahead)) for ahead in (False, True)]
+    for M, how in plan:
+        x, y = torch.zeros(M, 640, dtype=dtype, device=device), torch.empty(M, 300, dtype=dtype, device=device)
+        triton.run(x, w.packed, None, y, how)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            triton.run(x, w.packed, None, y, how)
+        x.copy_(_inputs(M, 640, dtype, device))
+        for _ in range(2):
+            y.fill_(float("nan"))
+            graph.replay()
+        error = _error(y, F.linear(x.double(), w.dense))
+        yield _row("CUDA graph", dtype, error, CLOSE[dtype] * 2, M=M, path=how.path, split=how.split)

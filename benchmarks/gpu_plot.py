@@ -10,12 +10,16 @@ from compress.cli.benchmarks import draw
 
 
 def latest(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[int, float]]]:
-    """shape -> kind -> rows of x -> speed-up: the last row of each; dry runs are no measurements."""
+    """shape -> kind -> rows of x -> speed-up: the last row of each; dry runs, and those with wrong results, are no measurements."""
     found: dict[str, dict[str, dict[int, float]]] = {}
     for row in rows:
-        if "kind" in row and "speedup" in row and not row.get("dry"):
+        if row.get("dry") or row.get("wrong_checks"):
+            continue
+        if "kind" in row and "speedup" in row:
             shape = "x".join(map(str, row["shape"]))
             found.setdefault(shape, {}).setdefault(row["kind"], {})[row["M"]] = row["speedup"]
+        if "decode" in row:
+            found.setdefault("a token, by batch", {}).setdefault(row["decode"], {})[row["batch"]] = row["speedup"]
     return found
 
 

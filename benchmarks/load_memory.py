@@ -1,8 +1,9 @@
 """Memory that loading an artifact takes, beside the artifact's size: at the peak, and afterwards.
 
-    python benchmarks/random_checkpoint.py --shape tinyllama-1.1b --out BIG
-    compress quantize BIG -m rtn --bits 4 --group-size 64 -o ART
     python benchmarks/load_memory.py ART … [--limit 1.2]
+    python benchmarks/load_memory.py --shape llama3-8b --work FOLDER     # a 16 GB checkpoint, then its artifact
+
+With --shape a checkpoint of random weights is made, quantized and removed (`shapes.py`).
 
 A fresh process imports what loading imports, builds an empty model, notes its resident memory, then loads the artifact, notes
 VmHWM and VmRSS, and notes VmRSS again after a few tokens. The differences are the model's. Results are appended to
@@ -19,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import shapes
 from jsonl import append
 
 RESULTS = Path(__file__).resolve().parent / "results" / "load_memory.jsonl"
@@ -48,24 +50,30 @@ print(json.dumps({"base": base, "peak": peak - base, "loaded": after - base, "ge
 """
 
 
-def measure(folder: Path, dtype: str) -> dict[str, Any]:
+def measure(folder: Path, dtype: str, label: str = "") -> dict[str, Any]:
     """One artifact in a fresh process."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "MALLOC_ARENA_MAX": "1"}
     done = subprocess.run([sys.executable, "-c", JOB, str(folder), dtype], stdout=subprocess.PIPE, text=True, check=True, env=env)
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
     ratios = {f"{key}_ratio": round(found[key] / size, 3) for key in ("peak", "loaded", "generated")}
-    return {"artifact": folder.name, "dtype": dtype, "bytes": size, **found, **ratios}
+    return {"artifact": label or folder.name, "dtype": dtype, "bytes": size, **found, **ratios}
 
 
 def main() -> None:
     """Measure every artifact."""
     parser = argparse.ArgumentParser(description="memory at load")
-    parser.add_argument("artifacts", nargs="+", type=Path)
+    parser.add_argument("artifacts", nargs="*", type=Path)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--limit", type=float, default=1.2)
+    shapes.options(parser)
     args = parser.parse_args()
+    if bool(args.artifacts) == bool(args.shape):
+        parser.error("name artifacts, or --shape")
     rows = [measure(folder, args.dtype) for folder in args.artifacts]
+    if args.shape:
+        with shapes.made(args, dense=False) as made:
+            rows.append(measure(made.artifact, args.dtype, made.label))
     for row in rows:
         append(RESULTS, row)
         print(

@@ -4,7 +4,8 @@
 
 Reads the docstrings in this folder for the list of benchmarks, and for the kernels' tables benchmarks/results/kernels.jsonl, to
 which `compress bench kernels --threads 1 -o benchmarks/results/kernels.jsonl` appends: of every kind, shape, number of rows and
-number of threads the last row counts.
+number of threads the last row counts. Whole models' tables are of results/decode.jsonl and results/load_memory.jsonl: of every
+label and number of threads, and of every artifact, the last row.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ HERE = Path(__file__).resolve().parent
 KERNELS = HERE / "results" / "kernels.jsonl"
 PAGE = HERE / "README.md"
 PLOT = HERE / "kernels.png"
-HELPERS = ("gpu_checks", "gpu_plot", "jsonl", "render")
+HELPERS = ("gpu_checks", "gpu_decode", "gpu_model", "gpu_plot", "jsonl", "render", "shapes")
+DECODE, MEMORY = HERE / "results" / "decode.jsonl", HERE / "results" / "load_memory.jsonl"
 
 Row = dict[str, Any]
 
@@ -58,7 +60,38 @@ def table(kinds: dict[str, dict[int, Row]]) -> list[str]:
     return lines
 
 
-def page(rows: list[Row]) -> str:
+def decoding(rows: list[Row]) -> list[str]:
+    """Tokens per second of whole models; the machine's load says how far to trust a row."""
+    last = {(row["label"], row["threads"]): row for row in rows}
+    lines = [
+        "## Decoding", "",
+        "Tokens per second behind a prompt, best of the turns that the contenders took: of the artifact by `compress generate`'s",
+        "loop and by transformers' `generate`, and of the dense model. Load is the machine's at the end: turns beside other work",
+        "are slower.", "",
+        "| weights | threads | loop | generate | dense bf16 | llama.cpp | loop / dense | path | load |", "| --- |" + " --- |" * 8,
+    ]  # fmt: skip
+    for (label, threads), row in sorted(last.items()):
+        cells = [f"{row['best'][name]:.4g}" if name in row["best"] else "" for name in ("loop", "generate", "dense", "llama.cpp")]
+        ratio = row["ratios"].get("loop/dense")
+        cells += [f"{ratio:.2f}x" if ratio else "", f"{row['path'].partition(' ')[0]}", f"{row['load']:.0f}"]
+        lines.append(f"| {label} | {threads} | " + " | ".join(cells) + " |")
+    return [*lines, ""] if last else []
+
+
+def memory(rows: list[Row]) -> list[str]:
+    """Resident memory beside the artifact's size."""
+    lines = [
+        "## Memory of a loaded model", "", "Of the artifact's bytes, after what an empty model takes.", "",
+        "| artifact | bytes | at the peak of loading | loaded | after a few tokens |", "| --- |" + " --- |" * 4,
+    ]  # fmt: skip
+    last = {row["artifact"]: row for row in rows}
+    for name, row in last.items():
+        shares = " | ".join(f"{row[key + '_ratio']:.2f}x" for key in ("peak", "loaded", "generated"))
+        lines.append(f"| {name} | {row['bytes'] / 1e6:.0f} MB | {shares} |")
+    return [*lines, ""] if last else []
+
+
+def page(rows: list[Row], tokens: list[Row], loads: list[Row]) -> str:
     lines = [
         "# Benchmarks", "",
         "The documentation's numbers come from these. A docstring gives the protocol; results are appended to `results/`.",
@@ -72,7 +105,7 @@ def page(rows: list[Row]) -> str:
     lines += [f"![speed-up over dense bf16]({PLOT.name})", ""]
     for (threads, shape), kinds in sorted(latest(rows).items()):
         lines += [f"### {shape}, {threads} thread{'s' * (threads > 1)}", "", *table(kinds), ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *decoding(tokens), *memory(loads)])
 
 
 def plot(rows: list[Row]) -> None:
@@ -91,6 +124,6 @@ def plot(rows: list[Row]) -> None:
 
 if __name__ == "__main__":
     found_rows = load(KERNELS)
-    PAGE.write_text(page(found_rows))
+    PAGE.write_text(page(found_rows, load(DECODE), load(MEMORY)))
     if found_rows:
         plot(found_rows)

@@ -144,6 +144,8 @@ def explain(folder: Path, dtype: str | None = None) -> tuple[dict[str, Any], lis
             found.setdefault(key, Choice(module.path, f"{module.kind} {settings}".strip(), [], others)).linears.append(name)
     table = dispatch.path()
     facts = {**dispatch.machine(), "activations": str(model.dtype).removeprefix("torch."), "table": str(table)}
+    decoding = getattr(model, "decoding", None)
+    facts["decoding"] = "transformers (it is not compressed)" if decoding is None else decoding.path
     return {**facts, "tuned": bool(dispatch.read(table))}, list(found.values())
 
 

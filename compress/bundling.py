@@ -115,15 +115,25 @@ def _prepare(
 ) -> _Job:  # fmt: skip
     """Check everything that headers tell."""
     module, config, first, tunes = opened("bundle", base, finetunes, method, options)
-    test = matcher(tuple(ignore))
-    found = tensors.items(first, tunes, lambda n: bool(test(n) or test(n.removesuffix(".weight"))), config.embeddings)
-    for pattern in ignore:
-        if not any(pattern in (*test(i.name), *test(i.name.removesuffix(".weight"))) for i in found):
-            raise CompressError(f"--ignore {pattern!r} matches no tensor", hint=f"names look like {found[-1].name}", usage=True)
+    found = tensors.items(first, tunes, ignored(ignore), config.embeddings)
+    refuse_unmatched(ignore, found)
     place = devices.pick(device)
     facts = known(first, tunes, method, config, "bundle", ignore)
     facts |= {"include_base": include_base, "device": place.split(":")[0]}
     return _Job(first, tunes, found, str(facts["method"]), module, config, place, max_shard, include_base, progress, facts)
+
+
+def ignored(patterns: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a tensor's name, with or without `.weight`, matches one of `--ignore`."""
+    test = matcher(tuple(patterns))
+    return lambda name: bool(test(name) or test(name.removesuffix(".weight")))
+
+
+def refuse_unmatched(patterns: Sequence[str], found: Sequence[tensors.Item]) -> None:
+    """A pattern of `--ignore` that matches nothing is a mistake."""
+    for pattern in patterns:
+        if not any(map(ignored([pattern]), (i.name for i in found))):
+            raise CompressError(f"--ignore {pattern!r} matches no tensor", hint=f"names look like {found[-1].name}", usage=True)
 
 
 def opened(

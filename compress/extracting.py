@@ -22,8 +22,7 @@ def extract(
     folder = Path(path)
     if not bundled.is_bundle(folder):
         raise CompressError(f"{folder}: not a bundle", hint="give the folder that compress bundle wrote", usage=True)
-    opened = bundled.Bundle(folder, base)
-    opened.task_folder(task)
+    opened = bundled.Bundle(folder, base, task)
     facts = {
         "tool": f"{TOOL} {versions()[TOOL]}", "format": "dense", "method": opened.facts["method"], "config": {"task": task},
         "source": {"name": task, "revision": None, "files": {bundled.FILE: source.sha256(folder / bundled.FILE)}},

@@ -88,8 +88,9 @@ def prune(
     if then_bits is None:
         return _compress(model, method, out, "prune", first)
     first = dataclasses.replace(first, lm_head_bits=None, lm_head_only=False)
-    ready, second = _prepare(model, method, "prune", first), _second(common, then_bits, then_group_size)
-    then = _second_job(model, then_method, second, ready.job)
+    job, second = _checked(model, method, "prune", first), _second(common, then_bits, then_group_size)
+    then = _second_job(model, then_method, second, job)
+    ready = _with_texts(job, first)
     calib = _calibrate(then, dataset, second) if then.needs_text else None
     out, work = places(out, None)
     between, begun = places(out.absolute().with_name(f"{out.absolute().name}.pruned.partial"), first.work_dir)
@@ -99,7 +100,8 @@ def prune(
         if not _holds_both(out, ready.mark, then, facts, replace, between.exists() or begun.exists()):
             resumed = _carry_out(ready, between, first)
             second = dataclasses.replace(second, resume=not replace)
-            _carry_out(_prepare(between, then_method, "quantize", second), out, second, lock, functools.partial(discard, between))
+            ready_then = _with_texts(_checked(between, then_method, "quantize", second), second)
+            _carry_out(ready_then, out, second, lock, functools.partial(discard, between))
             return _report(ready.job, out, began, resumed)
         discard_leftover(between, ready.mark)
     tidy(work)
@@ -161,10 +163,22 @@ def _second_job(model: str | Path, method: str, ask: Asked, first: Job) -> Job:
         raise CompressError(f"--then-bits {ask.options['bits']}: {error.message}", hint=hint, usage=error.exit_code == 2) from error
 
 
-def _prepare(model: str | Path, method: str, verb: str, ask: Asked) -> _Ready:
+def _checked(model: str | Path, method: str, verb: str, ask: Asked) -> Job:
+    """A job held to everything that is known before its texts are read."""
     job = prepare(model, method, verb, ask)
+    wanted = bool(getattr(job.method, "DOMAIN", False))
+    if wanted != (ask.domain_dataset is not None):
+        raise CompressError(
+            f"{job.method_name} needs --domain-dataset" if wanted else f"--domain-dataset means nothing to {job.method_name}",
+            hint="a .txt, .jsonl or .parquet file of the domain" if wanted else "use -m dpruner, or --dataset", usage=True,
+        )  # fmt: skip
+    return job
+
+
+def _with_texts(job: Job, ask: Asked) -> _Ready:
+    """Read the job's texts and take its fingerprint."""
     calib = _calibrate(job, ask.dataset, ask) if job.needs_text else None
-    domain = _domain(job, ask)
+    domain = None if ask.domain_dataset is None else _calibrate(job, ask.domain_dataset, ask, domain=True)
     facts = _facts(job, calib, domain, ask.seed)
     tokens = None if calib is None else calib.tokens
     return _Ready(job, tokens, None if domain is None else domain.tokens, facts, _mark(job, facts))
@@ -173,7 +187,7 @@ def _prepare(model: str | Path, method: str, verb: str, ask: Asked) -> _Ready:
 def _compress(model: str | Path, method: str, out: Path, verb: str, ask: Asked) -> Report:
     """One job from its arguments to its report."""
     began = time.monotonic()
-    ready = _prepare(model, method, verb, ask)
+    ready = _with_texts(_checked(model, method, verb, ask), ask)
     resumed = _carry_out(ready, out, ask)
     return _report(ready.job, out, began, resumed)
 
@@ -287,19 +301,6 @@ def _calibrate(job: Job, dataset: str | Path | None, ask: Asked, domain: bool = 
     vocab = job.skeleton.model.get_input_embeddings().num_embeddings
     count, option = (job.samples, "--domain-dataset") if domain else (job.nsamples, "--dataset")
     return calibration.load(dataset, tokenizer, nsamples=count, seqlen=job.seqlen, seed=ask.seed, vocab=vocab, option=option)
-
-
-def _domain(job: Job, ask: Asked) -> calibration.Calibration | None:
-    """Windows of the domain's text, for methods that have one."""
-    wanted = bool(getattr(job.method, "DOMAIN", False))
-    if ask.domain_dataset is None and not wanted:
-        return None
-    if ask.domain_dataset is None or not wanted:
-        raise CompressError(
-            f"{job.method_name} needs --domain-dataset" if wanted else f"--domain-dataset means nothing to {job.method_name}",
-            hint="a .txt, .jsonl or .parquet file of the domain" if wanted else "use -m dpruner, or --dataset", usage=True,
-        )  # fmt: skip
-    return _calibrate(job, ask.domain_dataset, ask, domain=True)
 
 
 def _facts(

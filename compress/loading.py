@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from compress import decoding, devices, registry
+from compress import decoding, devices, fusion, registry
 from compress.checkpoint import dtypes, manifest, source
 from compress.checkpoint.bundled import is_bundle
 from compress.checkpoint.mapped import Place
@@ -230,6 +230,7 @@ def _replace(
         _place(model, name, linear, tensors)
         packed |= {f"{name}.{suffix}" for suffix in linear.suffixes}
         inner |= {f"{name}.{suffix}" for suffix, _ in model.get_submodule(name).named_buffers()}
+    fusion.attach(model)
     dense = {name: t for name, t in model.state_dict(keep_vars=True).items() if name not in inner}
     _check_names(model, tensors.names - packed - excess, dense)
     dense = {name: t for name, t in dense.items() if name in tensors.names}

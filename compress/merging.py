@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from compress import devices
-from compress.bundling import Tunes, known, opened
+from compress.bundling import Tunes, ignored, known, opened, refuse_unmatched
 from compress.checkpoint import manifest, source
 from compress.checkpoint.writer import MAX_SHARD, disk_errors, fsync_folder, plan_shards, write_file
 from compress.errors import CompressError
 from compress.methods import _taskmask
 from compress.pipeline import artifact, memory, tensors
 from compress.pipeline.blend import Blend
-from compress.pipeline.layout import matcher
 from compress.pipeline.places import already_done, check_space, places
 from compress.pipeline.resume import WorkDir, fingerprint, may_replace, tidy
 from compress.types import Progress
@@ -90,8 +89,8 @@ def _prepare(
 ) -> tuple[Blend, dict[str, Any], dict[str, Path]]:  # fmt: skip
     """Check everything that headers tell."""
     module, config, first, tunes = opened("merge", base, finetunes, method, options)
-    test = matcher(tuple(ignore))
-    found = tensors.items(first, tunes, lambda n: bool(test(n) or test(n.removesuffix(".weight"))), vectors=True)
+    found = tensors.items(first, tunes, ignored(ignore), vectors=True)
+    refuse_unmatched(ignore, found)
     _refuse_unequal(first, tunes, found)
     texts = {n: Path(p) for n, p in (validation or {}).items()}
     names = [t.name for t in tunes]

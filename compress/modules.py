@@ -1,7 +1,8 @@
 """`CompressedLinear` and `CompressedEmbedding` stand where a linear or an embedding stood: the artifact's tensors, and a kernel.
 
 Their buffers are the artifact's tensors. A kernel path with a layout of its own does not need them once it is prepared: they are
-then put aside as pages of the file that they were read from (`checkpoint.mapped`), so that a weight lies in memory once.
+then put aside as pages of the file that they were read from (`checkpoint.mapped`), so that a weight lies in memory once. Of a
+weight on a GPU too: these buffers are then on the CPU, and come back to the weight's device when it is prepared again.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from compress.checkpoint.mapped import Place
 from compress.errors import CompressError
 from compress.types import Packed
 
+_KERNELS: dict[str, ModuleType] = {}  # kind -> its package, once it was asked for
 _FEW = 16  # rows of x that every kernel with a layout of its own multiplies by that
 
 
@@ -37,6 +39,10 @@ class CompressedWeight(nn.Module):
     keep their stored dtypes through `.to(dtype)`: only the arithmetic's dtype changes, never the weight's values.
     There is no `weight` parameter; `dense_weight()` makes one.
     """
+
+    _home: torch.device | None = None  # where buffers that were put aside belong
+    _gathers = False  # whether rows of the buffers are read on their device
+    group: Any = None  # linears that read the same input as this one (`fusion.Group`)
 
     def __init__(
         self, kind: str, params: Mapping[str, Any], shape: tuple[int, int], *, stored: str, dtype: torch.dtype,
@@ -59,7 +65,10 @@ class CompressedWeight(nn.Module):
 
     @property
     def _kernel(self) -> ModuleType:
-        return importlib.import_module(f"compress_kernels.{self.kind}")
+        found = _KERNELS.get(self.kind)  # torch.compile traces a look-up, but no import
+        if found is None:
+            found = _KERNELS[self.kind] = importlib.import_module(f"compress_kernels.{self.kind}")
+        return found
 
     def _prepare(self, exact: bool) -> Any:
         return self._kernel.prepare(self._buffers, self.params, self.shape, self.dtype, exact)
@@ -72,6 +81,8 @@ class CompressedWeight(nn.Module):
             self._recall()
             self.prepared = self._prepare(self.exact)
             self._put_aside()
+            if self.group is not None:
+                self.group.settle()
 
     def _is_aside(self, name: str) -> bool:
         return name in self._aside and self._buffers[name] is self._aside[name]
@@ -80,7 +91,7 @@ class CompressedWeight(nn.Module):
         """A buffer that was put aside, in memory: the file's numbers, or what somebody wrote into the pages."""
         pages = self._aside[name]
         self.check()
-        return pages.clone() if _written(pages) else self.places[name].read()
+        return (pages.clone() if _written(pages) else self.places[name].read()).to(self._home)
 
     def check(self) -> None:
         """Raise where the file of buffers that were put aside was written to."""
@@ -101,10 +112,18 @@ class CompressedWeight(nn.Module):
         """Give up the memory of buffers that the prepared kernel does not need."""
         if not getattr(self.prepared, "spare", False):
             return
+        devices = {b.device for b in self._buffers.values() if b is not None}
+        if len(devices) != 1 or not self._may_leave(next(iter(devices))):
+            return
+        self._home = next(iter(devices))
         for name, place in self.places.items():
             buffer = self._buffers[name]
-            if buffer is not None and buffer.device.type == "cpu" and buffer.dtype == dtypes.TORCH[place.entry.dtype]:
+            if buffer is not None and buffer.dtype == dtypes.TORCH[place.entry.dtype]:
                 self._buffers[name] = self._aside[name] = place.view()
+
+    def _may_leave(self, device: torch.device) -> bool:
+        """Whether buffers on a device can be put aside: off a CPU only those that the prepared kernel never reads."""
+        return device.type == "cpu" or (device.type == "cuda" and self.path == "triton" and not self._gathers)
 
     def passed_over(self) -> dict[str, str]:
         """Path -> why it does not run, of every other path of the kind."""
@@ -126,7 +145,9 @@ class CompressedWeight(nn.Module):
         """Move with `.to()`, `.cuda()`, …; then prepare again for the new device and dtype."""
         self.check()
         before = dict(self.named_buffers())
+        home = None if self._home is None else fn(torch.empty(0, device=self._home)).device
         super()._apply(fn, recurse)
+        self._home = home  # of buffers that fn left where they were put aside
         for name, old in before.items():
             if self._buffers[name].dtype != old.dtype:
                 device = self._buffers[name].device
@@ -156,6 +177,8 @@ class CompressedWeight(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for name in self._aside:  # in memory again, or copied, wherever they belong
+            self._buffers[name] = self._buffers[name].to(self._home)
         self.places = {name: place for name, place in self.places.items() if place.file is not None}
         self._aside = {}
         self._put_aside()
@@ -189,6 +212,8 @@ class CompressedEmbedding(CompressedWeight):
 
     `tied` prepares the weight for products too: a `TiedLinear` reads it as the model's head.
     """
+
+    _gathers = True
 
     def __init__(self, embedding: nn.Embedding, kind: str, params: Mapping[str, Any], *, stored: str, dtype: torch.dtype) -> None:
         shape = embedding.num_embeddings, embedding.embedding_dim

@@ -16,7 +16,7 @@ import torch
 from compress_kernels import masked_delta as kernel
 from torch import nn
 
-from compress import loading
+from compress import decoding, loading
 from compress.checkpoint.bundled import BASE, MASKED, Bundle, BundledReader
 from compress.checkpoint.reader import CheckpointReader
 from compress.errors import CompressError
@@ -40,7 +40,7 @@ def load(
     """The model of a bundle: dense and of one task, or without a task the mixed one."""
     if device_map is not None:
         raise CompressError(f"{folder}: a bundle cannot be spread over devices", hint="device=…, or compress extract", usage=True)
-    bundle = Bundle(folder, base)
+    bundle = Bundle(folder, base, task)
     if task is None:
         return load_mixed(bundle, device, dtype, exact)
     return load_task(bundle, task, device, dtype, exact)
@@ -108,7 +108,7 @@ def _switchable(model: Any, bundle: Bundle, task: str) -> PreTrainedModel:
 
     model.set_task = types.MethodType(set_task, model)
     model.task, model.tasks, model.bundle = task, tuple(bundle.tasks), bundle
-    return model.eval()  # type: ignore[no-any-return]
+    return decoding.attach(model.eval())  # type: ignore[no-any-return]
 
 
 def _switch(model: Any, bundle: Bundle, old: str, new: str) -> None:
@@ -268,5 +268,5 @@ def _mixed(model: Any, bundle: Bundle, rows: Rows) -> PreTrainedModel:
     model.set_tasks = types.MethodType(set_tasks, model)
     model.set_task = types.MethodType(lambda self, name: self.set_tasks([name]), model)
     model.generate = types.MethodType(generate, model)
-    model.tasks, model.bundle = tuple(bundle.tasks), bundle
-    return model.eval()  # type: ignore[no-any-return]
+    model.tasks, model.bundle, model.task_rows = tuple(bundle.tasks), bundle, rows
+    return decoding.attach(model.eval())  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ LEVELS = [
     {"errors", "log", "types"},
     {"registry", "formats", "checkpoint", "stats", "devices", "products"},
     {"models", "calibration"},
-    {"modules", "methods"},
+    {"modules", "methods", "fusion"},
     {"pipeline", "loading", "switching", "tasklayers", "decoding", "subjects"},
     {"audit", "generation", "fit", "job", "running", "evaluation", "training", "timing", "tuning", "bundling"}
     | {"extracting", "merging"}

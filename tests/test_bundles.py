@@ -599,7 +599,7 @@ def test_a_wrong_base_and_an_unknown_task_are_refused(
     assert "model.safetensors: another content" in error.value.message
     with pytest.raises(CompressError, match="is not beside it"):
         compress.load(refined, task="a")
-    for call in (lambda: compress.load(refined, task="bb", base=base), lambda: exact(refined, task="a", base=base).set_task("bb"),
+    for call in (lambda: compress.load(refined, task="bb"), lambda: exact(refined, task="a", base=base).set_task("bb"),
                  lambda: compress.extract(refined, "bb", tmp_path / "x", base=base)):  # fmt: skip
         with pytest.raises(CompressError, match="no task 'bb'") as error:
             call()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,9 @@ class Random:
     """A random model of two blocks whose linears are of all kinds in turn, and a cache that holds a text."""
 
     def __init__(self, dtype: torch.dtype, B: int, *, D: int = 64, heads: int = 6, kv: int = 2, d: int = 16, inner: int = 96,
-                 qk: bool = False, turn: int = 0, outputs: int = 37, capacity: int = 40) -> None:  # fmt: skip
-        kinds = [KINDS[(turn + i) % len(KINDS)] for i in range(15)]
+                 qk: bool = False, turn: int = 0, outputs: int = 37, capacity: int = 40, every: Sequence[str] = KINDS,
+                 linear: Callable[..., block.Linear] = linear) -> None:  # fmt: skip
+        kinds = [every[(turn + i) % len(every)] for i in range(15)]
         sizes = {"q": (heads * d, D), "k": (kv * d, D), "v": (kv * d, D), "o": (D, heads * d), "gate": (inner, D), "up": (inner, D),
                  "down": (D, inner)}  # fmt: skip
         self.blocks = []
@@ -404,13 +405,11 @@ def test_what_the_kernel_has_not_falls_back_and_says_why_once(case: str, caplog:
     assert torch.equal(out, greedy(model, ids_of(1, 8), False, do_sample=False))
 
 
-def test_other_families_and_kinds_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_families_and_paths_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import Gemma2Config
 
     model = model_of(Gemma2Config(**SMALL, head_dim=16))
     assert "Gemma2ForCausalLM is none of" in model.decoding.path
-    model = model_of(CONFIGS["llama"](), kinds=("armor",))
-    assert "armor" in model.decoding.path
     monkeypatch.setenv("COMPRESS_BACKEND", "tiled")
     assert "its path is tiled" in model_of(CONFIGS["llama"]()).decoding.path
 

@@ -88,18 +88,34 @@ def test_tuning_measures_every_path_and_loads_follow_it(table: Path, artifact: P
     assert {c.key: set(c.ms) for c in cases} == {
         CASE: {"cpu", "int4pack", "tiled"}, dispatch.key("bitmask", 16, torch.bfloat16, (64, 64)): {"cpu", "dense", "tiled"},
     }  # fmt: skip
+    assert cases[0].best == "cpu", "int4pack and tiled would end native decoding"
     assert all(c.best in c.ms and all(len(times) == 2 and min(times) > 0 for times in c.ms.values()) for c in cases)
     tuning.keep(cases[:1])
     tuning.keep(cases[1:])
     assert dispatch.read(table) == {c.key: c.best for c in cases}
     assert paths(artifact) == {cases[0].best}
+    assert compress.load(artifact).decoding.path == "native"  # type: ignore[operator, union-attr]
+
+
+@needs_library
+def test_a_faster_path_that_native_decoding_cannot_take_is_named_and_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"cpu": 4.0, "int4pack": 1.0, "dense": 2.0, "tiled": 9.0}
+    monkeypatch.setattr(tuning, "_turns", lambda paths, x, limit: {path: [9.0, seconds[path]] for path in paths})
+    (case,) = tuning.tune(["int4"], [(64, 64)])
+    assert (case.best, case.faster) == ("cpu", "int4pack")
+    (case,) = tuning.tune(["bitmask"], [(64, 64)])
+    assert (case.best, case.faster) == ("dense", None)
+    monkeypatch.setattr(native, "missing", lambda: "it was taken away")
+    assert dispatch.candidates(["int4pack", "tiled"]) == ["int4pack", "tiled"]
+    assert dispatch.candidates(["dense", "tiled"]) == ["dense", "tiled"]
 
 
 @needs_library
 def test_explain_says_which_path_runs_and_why_no_other(table: Path, artifact: Path, cli: Callable[..., Outcome]) -> None:
     shown = cli("inspect", artifact, "--explain")
     assert shown.code == 0, shown.err
-    for word in ("cpu ", "q_proj", "int_grouped bits=4", "not int4pack: cpu comes first", "compress bench tune"):
+    words = "decoding: native", "cpu ", "q_proj", "int_grouped bits=4", "not int4pack: cpu comes first", "compress bench tune"
+    for word in words:
         assert word in shown.out, shown.out
     dispatch.save({CASE: "tiled", CASE.replace("int_grouped", "bitmask"): "dense"})
     facts = json.loads(cli("inspect", artifact, "--explain", "--json").out)
@@ -107,3 +123,4 @@ def test_explain_says_which_path_runs_and_why_no_other(table: Path, artifact: Pa
     assert facts["choices"][0]["others"]["cpu"] == "it is slower here than tiled, by compress bench tune"
     assert len(facts["choices"][0]["linears"]) == 14
     assert facts["tuned"]
+    assert "its path is tiled" in facts["decoding"]

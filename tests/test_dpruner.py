@@ -517,6 +517,8 @@ def test_a_domain_text_without_a_window_is_an_error(content: str, pico: Callable
 @pytest.mark.parametrize("domain", [None, "gone.txt"])
 def test_a_missing_domain_text_is_an_error(domain: str | None, pico: Callable[..., Path], tmp_path: Path) -> None:
     data = {**texts(tmp_path), "domain_dataset": domain and tmp_path / domain}
+    if domain is None:
+        data["dataset"] = tmp_path / "never read"
     with pytest.raises(CompressError, match=r"needs --domain-dataset|gone\.txt: no such file"):
         compress.prune(pico("llama"), "dpruner", tmp_path / "out", **data)
 

@@ -191,3 +191,17 @@ def test_from_pretrained_puts_them_aside_too(artifact: Callable[[str], Path]) ->
     assert products(model)
     assert all(not m.held() for m in products(model).values())
     assert same(model, load_file(folder / "model.safetensors"))
+
+
+def test_tensors_that_were_put_aside_come_back_to_the_weights_device(
+    artifact: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No GPU is here: `meta` stands for one. Moves between the two are in benchmarks/gpu_model.py."""
+    module = next(iter(products(compress.load(artifact("int_grouped"))).values()))
+    names, seen = list(module._aside), []
+    assert "weight_packed" in names
+    monkeypatch.setattr(module, "_prepare", lambda exact: seen.append({module._buffers[n].device.type for n in names}))
+    module._home = torch.device("meta")
+    module.to(torch.float16)  # leaves the pages on the CPU, where they are not at home
+    assert seen == [{"meta"}]
+    assert {module._buffers[n].device.type for n in names} == {"meta"}

@@ -202,6 +202,8 @@ def test_what_cannot_be_merged_is_refused(base: Path, tunes: dict[str, Path], tm
     copy = Path(shutil.copytree(tunes["a"], tmp_path / "copy"))
     with pytest.raises(CompressError, match="a and copy are the same fine-tune"):
         compress.merge(base, [tunes["a"], copy], tmp_path / "out")
+    with pytest.raises(CompressError, match=r"--ignore 're:norm' matches no tensor"):
+        compress.merge(base, {n: tunes[n] for n in "ab"}, tmp_path / "out", ignore=["re:norm"])
     with pytest.raises(CompressError, match="b has no text or is no task"):
         compress.merge(base, {n: tunes[n] for n in "ab"}, tmp_path / "out", validation={"a": base / "config.json"})
     assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ import torch
 from compress_kernels import BackendError, native
 from compress_kernels import bits as bitpack
 from compress_kernels.int_grouped import cpu
-from compress_kernels.native import masked
+from compress_kernels.native import masked, pages
 from conftest import python, rows_and_threads_change_no_bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -155,6 +155,15 @@ def test_rows_of_x_and_threads_change_no_bit(isa: str) -> None:
         rows_and_threads_change_no_bit(product, x)
 
 
+def test_outliers_of_many_tiles_agree_with_fp64_and_threads_change_no_bit(isa: str) -> None:
+    weight, W = integers(1100, 1024, 128, 4, False, BF16, False, outliers=True)
+    x = randn(2, 1024)
+    y = cpu.linear(x, weight)
+    assert relative(y, x.double() @ W.T) < ROUNDING[F32] + INT8
+    rows_and_threads_change_no_bit(lambda v: cpu.linear(v, weight), x)
+    rows_and_threads_change_no_bit(lambda v: cpu.linear(v, weight), x[:1])
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_nan_and_inf_reach_every_output_of_their_row_alone(exact: bool, isa: str) -> None:
     weight, _ = integers(33, 128, 64, 4, False, BF16, exact)
@@ -211,6 +220,18 @@ def test_the_ops_pass_torchs_own_checks() -> None:
     run = torch.compile(lambda x: cpu.linear(x, weight) + masked.linear(x, sparse), backend="aot_eager", fullgraph=True)
     x = randn(2, 64)
     assert torch.equal(run(x), cpu.linear(x, weight) + masked.linear(x, sparse))
+
+
+@pytest.mark.parametrize("count", [0, 1000, pages.HUGE, 2 * pages.HUGE + 77])
+def test_memory_for_large_weights_begins_at_a_huge_page(count: int) -> None:
+    room = pages.empty(count)
+    assert room.shape == (count,)
+    assert room.dtype == torch.uint8
+    assert count < pages.HUGE or room.data_ptr() % pages.HUGE == 0
+    assert room.untyped_storage().nbytes() == count  # what lies around it is never touched
+    kept = room.fill_(7)[count // 2 :]
+    del room
+    assert bool((kept == 7).all())
 
 
 def test_one_openmp_runtime_is_loaded() -> None:

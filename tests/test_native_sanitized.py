@@ -157,8 +157,56 @@ for step in range(40):
         kept.append(w)
         return Linear(K, N, 1, 0, 0, 0, ctypes.cast(ctypes.pointer(w), ctypes.c_void_p), None)
 
+    def stepwise(kind, N, K, type, weight):
+        kept.append(weight)
+        return Linear(K, N, kind, type, 0, 0, ctypes.cast(ctypes.pointer(weight), ctypes.c_void_p), None)
+
+    def ints(N, K):
+        w = IntGrouped(K, N, 16, 16, 4, 1, draw.randrange(2), 1, held(-(-N // 16) * 8 * K), held(-(-N // 16) * K // 16 * 32))
+        kept.append(w)
+        return ctypes.pointer(w)
+
+    def factored(N, K):
+        rank, last, type = draw.choice([0, 5, 19]), K // 4 + 1, draw.randrange(3)
+        first = K - last if rank else 0
+        order = (ctypes.c_int32 * K)(*draw.sample(range(K), K)) if draw.randrange(2) else None
+        kept.append(order)
+        inner, outer = (-(-n // 16) * 16 for n in (first, rank + last))
+        if draw.randrange(2):
+            parts = inner, outer, at(order), None, None, ints(rank, inner) if rank else None, ints(N, outer)
+        else:
+            plain = held(rank * first * size[type]), held(N * (rank + last) * size[type])
+            parts = first, rank + last, at(order), *plain, None, None
+        f = Factors(K, N, rank, first, last, *parts, draw.randrange(2), draw.randrange(2), 0.3, 0.7)
+        return stepwise(4, N, K, type, f)
+
+    def wrapped(N, K):
+        type, stride = draw.randrange(3), -(-K // 32) * 4
+        half = [0b01010011 if 8 * (i % stride) < K else 0 for i in range(N * stride)]
+        starts = (ctypes.c_int64 * (N + 1))(*(n * K // 2 for n in range(N + 1)))
+        core = Masked(K, N, 0, type, 0, held(0), at(starts), held((N * K // 2 + 32) * size[type]), None, None)
+        mask = (ctypes.c_uint8 * len(half))(*half)
+        core.mask = at(mask)
+        kept.extend([starts, core, mask])
+        b_in, b_out = (draw.choice([b for b in range(1, n + 1) if n % b == 0]) for n in (K, N))
+        a = Armor(b_in, b_out, held(K * b_in * size[type]), held(N * b_out * size[type]), ctypes.pointer(core))
+        return stepwise(5, N, K, type, a)
+
+    def delta(N, K):
+        type = draw.randrange(3)
+        def vector():
+            kind = draw.randrange(4)
+            values = held([N * K * 2, N * (-(-K // 4) * 4), N * (-(-K // 8) * 4), 4][kind])
+            return Shared(kind, draw.choice([0, 128 if kind == 1 else 8]), 16, values, held(N * (K // 16) * 2))
+        mask = (ctypes.c_void_p * 1)(held(N * -(-K // 32) * 4).value)
+        factor, tasks = (ctypes.c_float * 1)(0.5), (ctypes.c_int32 * 3)()
+        kept.extend([mask, factor, tasks])
+        base, parts = held(N * K * size[type]), (vector(), vector())
+        d = MaskedDelta(K, N, draw.randrange(2), draw.randrange(2), base, None, *parts, 1, mask, factor, tasks)
+        return stepwise(6, N, K, type, d)
+
     def some(N, K):
-        return draw.choice([dense, coded])(N, K)
+        return draw.choice([dense, coded, factored, wrapped, delta])(N, K)
 
     shapes = (head * d, D), (kv * d, D), (kv * d, D), (D, head * d), (inner, D), (inner, D), (D, inner)
     norms = 2 * D, 2 * D, 2 * d, 2 * d

@@ -17,7 +17,7 @@ import compress
 from compress.checkpoint import manifest
 from compress.checkpoint.reader import CheckpointReader
 from compress.errors import CompressError
-from compress.methods import _masks, _solvers, _sparse_solver, _sparsity
+from compress.methods import _masks, _solvers, _sparse_solver, _sparsity, sparsegpt
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -114,6 +114,45 @@ def test_a_given_mask_is_compensated_and_kept() -> None:
     assert torch.equal(done.W != 0, mask)
     D, plain = done.W - W, W * mask - W
     assert float(((D @ H) * D).sum()) < float(((plain @ H) * plain).sum())
+
+
+@pytest.mark.parametrize("nm", [None, (2, 4)])
+def test_refitted_values_are_the_least_squares_of_their_mask(nm: tuple[int, int] | None) -> None:
+    W, H = randn(12, 64, dtype=torch.float64), hessian(64)
+    factor = _solvers.factorize(H.clone(), 0.01)
+    before = _sparse_solver.sparsify(W, factor, nm=nm)
+    H = _sparse_solver.damped(H, factor)
+    after = _sparse_solver.refit(W, before, H, 200)
+    assert torch.equal(after.mask, before.mask)
+    for row, (w, kept) in enumerate(zip(W, before.mask, strict=True)):
+        want = torch.linalg.solve(H[kept][:, kept], H[kept] @ w)
+        assert torch.allclose(after.W[row, kept], want, rtol=1e-6, atol=1e-8)
+    D = after.W - W
+    assert after.loss == pytest.approx(float(0.5 * ((D @ H) * D).sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 20, 3000])
+def test_refitting_raises_no_rows_loss(steps: int) -> None:
+    W, H = randn(12, 64), hessian(64).float()
+    H[5] = H[:, 5] = 0.0
+    factor = _solvers.factorize(H.clone(), 0.01)
+    W = W.masked_fill(factor.dead, 0.0)
+    W[3] = 0.0
+    before = _sparse_solver.sparsify(W, factor)
+    H = _sparse_solver.damped(H, factor)
+    after = _sparse_solver.refit(W, before, H, steps)
+    was, now = (((p.W - W) @ H).mul(p.W - W).sum(1, dtype=torch.float64) for p in (before, after))
+    assert (now <= was).all()
+    assert after.loss < before.loss
+    assert torch.isfinite(after.W).all()
+    assert not after.W[~before.mask].any()
+
+
+def test_refitting_is_the_default_but_before_recovery() -> None:
+    asked: list[dict[str, Any]] = [{}, {"recover": 1}, {"quality": True}, {"recover": 1, "refit": 5}]
+    assert [sparsegpt.Config(**options).refit for options in asked] == [20, 0, 0, 5]
+    with pytest.raises(CompressError, match="--refit -1 is not a number of steps"):
+        sparsegpt.Config(refit=-1)
 
 
 def test_nowag_is_wanda_with_normalised_columns() -> None:

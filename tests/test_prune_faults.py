@@ -36,6 +36,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (["--then-bits", 5], "--then-bits 5: --bits 5 is not supported"),
         (["--then-bits", 4, "--then-group-size", 96], "cannot be split into groups of 96"),
+        (["-m", "wanda", "--dataset", "unread", "--then-bits", 4, "--then-group-size", 96], "cannot be split into groups of 96"),
         (["--then-bits", 4, "--then-group-size", 2, "--pattern", "2:4"], "no multiple of 4"),
         (["--then-bits", 4, "--then-method", "rsq", "--then-group-size", 32], "a rotation would fill its zeros"),
         (["-m", "armor", "--then-bits", 4, "--then-method", "awq", "--block", 16, "--then-group-size", 32], "only the cores"),

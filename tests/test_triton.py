@@ -7,13 +7,14 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from compress_kernels import gpu_table, gpu_tune, int_grouped, int_grouped_outliers
+from compress_kernels import gpu_dense, gpu_table, gpu_tune, int_grouped, int_grouped_outliers
 from compress_kernels.gpu_table import Choice
-from compress_kernels.int_grouped import triton
+from compress_kernels.int_grouped import fused, triton
 from compress_kernels.int_grouped_outliers import reference as outliers_reference
 from compress_kernels.int_grouped_outliers import triton as triton_outliers
 from test_kernels import Weight, dense, random_weight, relative
@@ -135,6 +136,49 @@ def test_long_inputs_go_through_a_scratch_weight_in_slabs(biased: bool, monkeypa
     assert relative(run(weight, x, bias), want) < 1e-3  # weights rounded to fp16, as the reference's are
 
 
+def test_slabs_by_turns_in_two_buffers_and_a_dense_copy_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = outlying(400, 256, 4)
+    w = prepared_outliers(weight).gpu
+    x, bias = inputs(70, 256, torch.float16), torch.linspace(-1, 1, 400).half()
+    copy = triton.dequantize(w, 0, torch.full((512, 256), float("nan"), dtype=torch.float16))
+    assert not copy[400:].any()  # rows of padding are zeros
+    found = []
+    for how in (Choice("scratch"), Choice("scratch", slab=256 * 256, ahead=True), Choice("dense")):  # 128 of 400 rows at a time
+        y = torch.full((70, 400), float("nan"), dtype=torch.float16)
+        triton.run(x, replace(w, dense=copy), bias, y, how)
+        found.append(y)
+    assert all(torch.equal(y, found[0]) for y in found)
+    want = F.linear(x.double(), outliers_reference.dequantize(weight[0], 4, (400, 256)).double(), bias.double())
+    assert relative(found[0], want) < 1e-3
+    y = torch.empty_like(found[0])
+    triton.run(x, w, bias, y, Choice("dense"))  # without a copy the weight is decoded
+    assert torch.equal(y, found[0])
+
+
+def test_positions_beyond_32_bits_are_never_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = int_grouped.prepare(*random_weight(16, 128, 4, 128, True), torch.float16).gpu
+    assert w is not None
+    far = torch.empty_strided((3, 128), (1 << 30, 1), dtype=torch.float16, device="meta")  # the third row begins at 2^31
+    y = torch.empty(3, 16, dtype=torch.float16)
+    assert triton._beyond(far, w, y, Choice("fused"))
+    assert not triton._beyond(far[:2], w, y[:2], Choice("fused"))
+    assert "2^31" in str(triton.can_run(8, 128, (1 << 16, 1 << 16), torch.float16, torch.device("cpu")))
+
+
+def test_dense_copies_are_made_where_memory_is_named_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = random_weight(130, 256, 4, 128, True)
+    for text, kept in (("", False), ("100K", False), ("0.2M", True), ("131072", True), ("all", True)):
+        monkeypatch.setenv("COMPRESS_GPU_DENSE", text or "0")
+        p = int_grouped.prepare(*weight, torch.float16)
+        assert (p.gpu.dense is not None) == kept, text
+        assert gpu_dense.used(torch.device("cpu")) == kept * 256 * 256 * 2
+        del p
+    for text in ("-1", "8X", "nan"):
+        monkeypatch.setenv("COMPRESS_GPU_DENSE", text)
+        with pytest.raises(ValueError, match="COMPRESS_GPU_DENSE is"):
+            int_grouped.prepare(*weight, torch.float16)
+
+
 @pytest.mark.parametrize(
     ("bits", "group_size", "dtype", "device", "why"),
     [
@@ -167,7 +211,7 @@ def test_the_op_passes_torchs_own_checks_and_compiles(with_outliers: bool) -> No
         p = int_grouped.prepare(*weight, torch.float16)
         kind, w = int_grouped, p.gpu
     parts = (None,) * 5 if w.outliers is None else w.outliers[:5]
-    args = (x, w.words, w.stats, w.scale, torch.ones(130).half(), w.locks, *parts, 130, 4, 128, w.bf16, False)
+    args = (x, w.words, w.stats, w.scale, torch.ones(130).half(), w.locks, None, *parts, 130, 4, 128, w.bf16, False)
     torch.library.opcheck(triton._op, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
     compiled = torch.compile(lambda x: kind.linear(x, p), backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x), kind.linear(x, p))
@@ -263,19 +307,22 @@ def test_fused_weights_give_each_ones_outputs_in_one_launch(with_outliers: bool)
         weights = [int_grouped.prepare(*random_weight(O, 256, 4, 128, False, torch.float16), torch.float16).gpu for O in sizes]
     biases = [torch.randn(256).half(), None, torch.ones(130).half()]
     x = inputs(3, 256, torch.float16)
-    whole, members = triton.fuse(weights)
-    parts = triton.split(triton.linear(x, whole, triton.joined_bias(biases, members)), members)
-    for member, weight, bias, part in zip(members, weights, biases, parts, strict=True):
-        want = triton.linear(x, weight, bias)
+    whole, members = fused.fuse(weights)
+    parts = fused.linear(x, whole, members, biases)
+    wanted = [triton.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    for member, bias, part, want in zip(members, biases, parts, wanted, strict=True):
         assert torch.equal(part, want)
         assert torch.equal(triton.linear(x, member, bias), want)
-        assert member.words.untyped_storage().data_ptr() == whole.words.untyped_storage().data_ptr()
+        for name in ("words", "stats"):
+            assert getattr(member, name).untyped_storage().data_ptr() == getattr(whole, name).untyped_storage().data_ptr()
+    again, parts = fused.fuse(members[1:])  # views are weights like others
+    assert torch.equal(torch.cat(fused.linear(x, again, parts, biases[1:]), 1), torch.cat(wanted[1:], 1))
 
 
 def test_weights_that_differ_are_not_fused() -> None:
     a, b = (int_grouped.prepare(*random_weight(16, 256, bits, 128, True), torch.float16).gpu for bits in (4, 3))
-    with pytest.raises(ValueError, match="differ"):
-        triton.fuse([a, b])
+    with pytest.raises(ValueError, match="their bits differ"):
+        fused.fuse([a, b])
 
 
 def test_a_loaded_artifact_runs_on_it(pico: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,6 +365,16 @@ def test_a_measured_table_decides_and_the_rules_serve_other_shapes(tmp_path: Pat
     assert gpu_table.choose(4, 128, (256, 512), 17, cpu).path == "scratch"
     assert gpu_table.choose(4, 128, (256, 512), 999, cpu).path == "scratch"
     assert gpu_table.choose(4, 64, (256, 512), 3, cpu) == gpu_table.default(4, (256, 512), 3, 8, 99 << 10)
+    # where a dense copy is kept, the way that was not slower than dense; beyond the last row, which is no launch, that one
+    slow = {**row, "us": 3.0, "dense_us": 2.0}
+    fast = {**row, "us": 1.0, "dense_us": 2.0}
+    gpu_tune.write(path, "a GPU", [], [fast, {**slow, "M": 64}, {**slow, "M": 256, "path": "scratch"}])
+    assert [gpu_table.choose(4, 128, (256, 512), M, cpu, True).path for M in (16, 17, 64, 256, 999)] == ["fused", *["dense"] * 4]
+    assert [gpu_table.choose(4, 128, (256, 512), M, cpu).path for M in (16, 17, 64, 256, 999)] == ["fused"] * 3 + ["scratch"] * 2
+    gpu_tune.write(path, "a GPU", [], [row])
+    assert gpu_table.choose(4, 128, (256, 512), 5000, cpu).path == "scratch"  # by the rules: one launch was measured for 16 only
+    assert gpu_table.choose(4, 128, (512, 512), 5000, cpu, True).path == "dense"
+    gpu_tune.write(path, "a GPU", [], [row, {**row, "M": 256, "path": "scratch"}])
     again = gpu_tune.write(path, "a GPU", gpu_table.read(path)["rows"], [{**row, "O": 512}])  # other weights' rows stay
     assert [r["O"] for r in gpu_table.read(again)["rows"]] == [256, 256, 512]
 
@@ -356,3 +413,72 @@ def test_weights_for_timing_are_laid_out_as_prepared_ones() -> None:
             assert getattr(made, name).dtype == getattr(real, name).dtype
         x = inputs(1, 512, torch.float16)
         assert triton.linear(x, replace(made)).isfinite().all()
+
+
+def test_tuning_writes_a_table_that_is_then_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, told = tmp_path / "table.json", []
+    monkeypatch.setenv("COMPRESS_GPU_TABLE", str(path))
+    ways = [Choice("fused", 16, 64, split=2), Choice("scratch", slab=1 << 16, ahead=True)]
+    monkeypatch.setattr(gpu_table, "candidates", lambda *_: ways)
+    cpu = torch.device("cpu")
+    gpu_tune.tune((4,), (128,), ((256, 256), (128, 256)), (2, 70), progress=told.append, device=cpu)
+    assert [(r["O"], r["M"]) for r in told] == [(256, 2), (256, 70), (128, 2), (128, 70)]
+    assert all(r["us"] > 0 and r["dense_us"] > 0 for r in told)
+    for r in told:
+        assert gpu_table.choose(4, 128, (r["O"], 256), r["M"], cpu) == gpu_table.choice(r)
+        assert gpu_table.choose(4, 128, (r["O"], 256), r["M"], cpu) in ways
+    gpu_tune.tune((4,), (128,), ((512, 256),), (2,), seconds=-1.0, device=cpu)  # no time: what was measured stays
+    assert len(gpu_table.read(path)["rows"]) == 4
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        gpu_tune.tune()
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--kinds", "int5"], "no kernel on a GPU"),
+        (["--shapes", "4096"], "no shape"),
+        (["--shapes", "100x256"], "cannot be measured"),
+        (["--group-size", "48"], "no kernel on a GPU"),
+    ],
+)
+def test_the_command_that_tunes_refuses_what_has_no_kernel(
+    options: list[str], why: str, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compress import devices
+
+    monkeypatch.setattr(devices, "pick", lambda _: "cuda")
+    done = cli("bench", "tune", *options)
+    assert done.code == 2
+    assert why in done.err
+    assert "hint:" in done.err
+
+
+def test_a_product_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No number is read back and no way is tried out, whatever the path: a CUDA graph can hold it."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    class Kernel:  # a launch: the interpreter's own copies are not the product's
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *args, **kwargs: launched.append(grid)
+
+    whole, members = fused.fuse([prepared_outliers(outlying(O, 256, 4, rows=[3])).gpu for O in (256, 100)])
+    code = triton.device_code()
+    for name in ("product", "dense", "put"):
+        monkeypatch.setattr(code, name, Kernel())
+    monkeypatch.setattr(gpu_tune, "measure", None)
+    names, biases = set[str](), [None, torch.ones(100).half()]
+    launched: list[tuple[int, ...]] = []
+    for M in (1, 17, 70):
+        x = inputs(M, 256, torch.float16)
+        for how in (Choice("fused", split=2), Choice("scratch", slab=1 << 16, ahead=True)):
+            always(monkeypatch, how)
+            with Watch():
+                fused.linear(x, whole, members, biases)
+    assert len(launched) == 3 + 3 * 2 * 3  # one; or a decoded slab and its outliers for each of three tiles
+    assert not names & {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "_to_copy", "equal"}

@@ -32,7 +32,10 @@ def test_a_dry_run_checks_every_kernel_and_writes_rows(tmp_path: Path) -> None:
     assert f"{len(checked)} of {len(checked)} checks are right" in done.stdout
     timed = [row for row in rows if "kind" in row]
     assert [(row["kind"], row["M"]) for row in timed] == [(k, M) for k in ("W4 g128", "W4+1% g128") for M in (1, 3)]
-    assert sum("stack" in row for row in rows) == 1
+    assert [row["batch"] for row in rows if "decode" in row] == [2]
+    assert {"a model's logits", "q, k, v and gate, up are one launch each"} <= {row["check"] for row in checked}
+    table = json.loads((tmp_path / "gpu-interpreter.json").read_text())
+    assert {(row["bits"], row["O"], row["I"], row["M"]) for row in table["rows"]} == {(4, 256, 256, 1), (4, 256, 256, 3)}
     for row in rows:
         assert row["dry"] is True  # nobody takes them for measurements
         assert row["torch"]
@@ -62,14 +65,36 @@ def test_what_cannot_be_run_is_refused(
     assert why in capsys.readouterr().err
 
 
+def test_a_wrong_result_is_told_and_marks_what_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu
+
+    row = {"check": "a product", "dtype": "bfloat16", "error": 0.5, "most": 0.1, "good": False}
+    raised = {**row, "raised": "ValueError: no"}
+    monkeypatch.setattr(gpu, "checks", lambda *args, **kwargs: iter([{**row, "good": True}, row]))
+    monkeypatch.setattr(gpu, "model", lambda device: [raised, {"skipped": "a model", "why": "torch is not installed"}])
+    monkeypatch.setattr(gpu, "decode", lambda *args: iter([]))
+    monkeypatch.setattr(gpu, "cells", lambda *args: iter([{"skipped": "W4 1x1", "why": "0 minutes are over"}]))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry", "--tune", "0", "--out", str(tmp_path / "rows.jsonl")])
+    assert gpu.main() == 1
+    told = capsys.readouterr().out
+    assert "1 of 3 checks are right" in told
+    assert told.count("wrong: ") == 2
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [r.get("wrong_checks") for r in rows] == [None] * 4 + [2] * 2
+
+
 def test_measured_rows_are_drawn_and_dry_ones_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from gpu_plot import latest, plot
 
     row = {"kind": "W4 g128", "shape": [256, 512], "M": 1, "speedup": 2.0, "device": "a GPU"}
-    rows = [row, {**row, "speedup": 3.0}, {**row, "M": 4, "speedup": 9.0, "dry": True}, {"ceilings": {}}]
-    assert latest(rows) == {"256x512": {"W4 g128": {1: 3.0}}}  # the last one counts
+    rows = [row, {**row, "speedup": 3.0}, {**row, "M": 4, "speedup": 9.0, "dry": True}, {**row, "wrong_checks": 1}]
+    rows.insert(1, {"decode": "a shape", "batch": 8, "speedup": 1.5, "device": "a GPU"})
+    assert latest(rows) == {"256x512": {"W4 g128": {1: 3.0}}, "a token, by batch": {"a shape": {8: 1.5}}}  # the last one counts
     assert "256x512" in plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match="no measured row"):
-        plot(rows[2:], tmp_path / "plot.png")
+        plot(rows[3:], tmp_path / "plot.png")

@@ -31,10 +31,14 @@ CASES: dict[str, tuple[dict[str, Any], float]] = {
     "W3 on sm_80, 32 rows": ({"target": 80, "bits": 3, "BM": 32, "dtype": "bfloat16"}, 2.90),
 }
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "W4 bf16, 128 rows": ("product", {"target": 90, "bits": 4, "dtype": "bfloat16", "BM": 128, "warps": 8, "stages": 3}),
+    "W4 bf16, 256 rows": ("product", {"target": 90, "bits": 4, "dtype": "bfloat16", "BM": 256, "BN": 64, "warps": 8, "stages": 3}),
     "decoded": ("dense", {"target": 90, "bits": 3}),
     "decoded bf16 on sm_80": ("dense", {"target": 80, "bits": 8, "dtype": "bfloat16"}),
     "outliers over a decoded weight": ("put", {"target": 90}),
     "hadamard 4096": ("hadamard", {"target": 90}),
+    "hadamard 11008": ("hadamard", {"target": 90, "A": 172, "B": 1, "C": 64, "warps": 8, "dtype": "bfloat16"}),
+    "hadamard 14336": ("hadamard", {"target": 90, "A": 28, "B": 16, "C": 32, "warps": 16, "dtype": "bfloat16"}),
     "hadamard 4096 on sm_80": ("hadamard", {"target": 80, "dtype": "bfloat16"}),
 }
 COMPILE = """

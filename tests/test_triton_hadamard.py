@@ -7,20 +7,22 @@ import math
 import pytest
 import torch
 from compress_kernels import hadamard
-from compress_kernels.hadamard import reference
+from compress_kernels.hadamard import matrices, reference
 
-from compress.models.hadamard import Rotation, factors
+from compress.models.hadamard import Rotation
 
-BASES = {12: 192, 20: 320, 28: 448}  # order of the base -> n
+BASES = {12: 192, 20: 320, 28: 448, 172: 1376}  # order of the base -> n
 CLOSE = {torch.float16: 5e-4, torch.bfloat16: 6e-3, torch.float32: 1e-6}  # one rounding (bf16 cut off by the interpreter)
 
 
 def base_of(order: int) -> torch.Tensor:
-    found = factors(order)
-    assert found is not None
-    base = found[0]
-    assert torch.equal(base @ base.T, order * torch.eye(order, dtype=base.dtype))
-    return base.to(torch.int8)
+    base = matrices.base(order)
+    assert base is not None
+    assert base.dtype == torch.int8
+    assert base.shape == (order, order)
+    exact = base.to(torch.int64)
+    assert torch.equal(exact @ exact.T, order * torch.eye(order, dtype=torch.int64))
+    return base
 
 
 @pytest.mark.parametrize("n", [1, 2, 64, 256, 4096])
@@ -36,7 +38,7 @@ def test_tabulated_bases_are_the_rotation_of_the_rotated_checkpoint(order: int, 
     torch.testing.assert_close(reference.transform(x, base_of(order)), Rotation(n).right(x), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("n", "order"), [(16, 1), (128, 1), (256, 1), (2048, 1), (192, 12), (320, 20), (7168, 28)])
+@pytest.mark.parametrize(("n", "order"), [(16, 1), (128, 1), (256, 1), (2048, 1), (192, 12), (320, 20), (7168, 28), (2752, 172)])
 def test_the_kernel_agrees_with_the_definition_in_fp64(n: int, order: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("COMPRESS_BACKEND", "triton")
@@ -79,7 +81,18 @@ def test_nan_stays_in_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert y[[0, 2]].isfinite().all()
 
 
+def test_intermediate_sizes_of_llamas_have_a_matrix_that_the_kernel_can_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPRESS_BACKEND", "triton")
+    for n, order in ((4096, 1), (11008, 172), (14336, 28), (13824, 108), (8960, 140), (5120, 20), (40, 20)):
+        base = matrices.base(n)
+        assert (1 if base is None else len(base)) == order
+        if n // order >= 16:
+            assert hadamard.can_run(n, base, torch.float16, torch.device("cpu")) is None
+
+
 def test_an_order_without_a_matrix_is_named() -> None:
+    with pytest.raises(ValueError, match="order 4300: no construction"):
+        matrices.base(4 * 25 * 43)
     with pytest.raises(ValueError, match="order 96: it is no power of two"):
         reference.transform(torch.ones(1, 96))
     with pytest.raises(ValueError, match="28 times no power of two"):

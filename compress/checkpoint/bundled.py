@@ -54,11 +54,13 @@ def unguard(config: Mapping[str, Any]) -> dict[str, Any]:
 class Bundle:
     """A bundle, its base found and held to its hashes."""
 
-    def __init__(self, folder: Path, base: str | Path | None = None) -> None:
+    def __init__(self, folder: Path, base: str | Path | None = None, task: str | None = None) -> None:
         self.folder = folder
         self.facts = facts(folder)
         self.tasks = list(self.facts["tasks"])
         self.are_signs = self.facts["bits"] == "sign"
+        if task is not None:
+            self.task_folder(task)  # a wrong name is said before a missing base
         self.base_folder = find_base(folder, self.facts["base"], base)
         self.base = CheckpointReader(self.base_folder)
         self.shared, self.low = (_reader(folder / part) for part in ("shared", "low"))

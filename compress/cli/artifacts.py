@@ -88,6 +88,7 @@ def _explain(artifact: Path, as_json: bool) -> None:
         return
     print(f"{facts['cpu']}, {facts['isa']}, {facts['threads']} threads, activations {facts['activations']}")
     print(f"paths measured here: {facts['table'] if facts['tuned'] else 'none, so the usual order holds (compress bench tune)'}")
+    print(f"decoding: {facts['decoding']}")
     for choice in choices:
         more = f" and {len(choice.linears) - 1} more" if len(choice.linears) > 1 else ""
         print(f"  {choice.path:10s} {choice.linears[0]}{more}: {choice.what}")

@@ -107,17 +107,28 @@ def bench_tune(
     kinds: Annotated[str, typer.Option(help="Kinds of weights, separated by commas; default all.")] = "",
     seconds: Annotated[float, typer.Option(help="About how long the paths of a case are timed.")] = 1.0,
     threads: Annotated[int | None, typer.Option(help="Threads that the table is for; default torch's.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N: whose kernels.")] = "auto",
+    shapes: Annotated[str, typer.Option(help="GPU: shapes OUTxIN, separated by commas; default Llama-3-8B's.")] = "",
+    group_size: Annotated[int, typer.Option(help="GPU: weights per scale; -1: one scale per row.")] = 128,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure which kernel path is the fastest here, and keep it: models that are loaded later take it."""
+    """Measure which kernel path is the fastest here, and keep it: models that are loaded later take it.
+
+    On a GPU: in which blocks each shape runs, for 1 to 4096 tokens, beside the dense product. q, k, v and gate, up are one shape.
+    Where the C++ library is there, only paths that native decoding can take are chosen.
+    """
     import dataclasses
 
     import torch
 
-    from compress import log, tuning
+    from compress import devices, log, tuning
 
     log.configure(debug)
+    where = devices.pick(device)
+    if where != "cpu":
+        _tune_gpu(where, _split(kinds), _split(shapes), group_size, as_json)
+        return
     if threads is not None:
         torch.set_num_threads(threads)
     cases = []
@@ -127,9 +138,30 @@ def bench_tune(
             print(json.dumps(dataclasses.asdict(case)), flush=True)
         else:
             times = ", ".join(f"{path} {' and '.join(f'{t:.3f}' for t in ms)}" for path, ms in case.ms.items())
-            print(f"{case.key:40s} {case.best:9s} ms with 1 and 16 tokens: {times}", flush=True)
+            note = f" ({case.faster} would end native decoding)" if case.faster else ""
+            print(f"{case.key:40s} {case.best:9s} ms with 1 and 16 tokens: {times}{note}", flush=True)
     if cases:
         print(f"kept in {tuning.keep(cases)}", file=sys.stderr)
+
+
+def _tune_gpu(device: str, kinds: list[str], shapes: list[str], group: int, as_json: bool) -> None:
+    from compress import timing, tuning
+    from compress.errors import CompressError
+
+    def told(row: dict[str, Any]) -> None:
+        what = f"{row['bits']} bits {row['O']}x{row['I']}, {row['M']} tokens"
+        line = f"{what}: {row['path']} {row['us']:.1f} us, dense {row['dense_us']:.1f}"
+        print(json.dumps(row) if as_json else line, flush=True)
+
+    if group not in (32, 64, 128, -1):
+        raise CompressError(f"--group-size {group} has no kernel on a GPU", hint="use 32, 64, 128 or -1", usage=True)
+    found = []
+    for text in shapes:
+        shape = timing._shape(text)
+        if shape is None:
+            raise CompressError(f"{text!r} is no shape", hint="--shapes 4096x4096,6144x4096", usage=True)
+        found.append(shape)
+    print(f"kept in {tuning.gpu(device, kinds, found, group, told)}", file=sys.stderr)
 
 
 @bench.command("model")

@@ -19,7 +19,7 @@ import torch
 from compress_kernels import block as kernel
 
 from compress.decoding.cache import adopt
-from compress.decoding.plan import Plan, Unfit
+from compress.decoding.plan import Plan, Unfit, tasks_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Decoding:
         if not self.enabled:
             return "it was switched off"
         plan = self._plan
-        if isinstance(plan, Plan) and plan.holds():
+        if isinstance(plan, Plan) and plan.holds(self.model):
             return plan
         if isinstance(plan, str) and self._device == _state(self.model):
             return plan
@@ -123,7 +123,7 @@ def _fits(buffer: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> b
 
 def _state(model: Any) -> str:
     """What a reason may depend on."""
-    return f"{model.device} {model.dtype}"
+    return f"{model.device} {model.dtype} {tasks_of(model)}"
 
 
 @functools.cache

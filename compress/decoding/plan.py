@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from compress.modules import CompressedLinear, TiedLinear
+from compress.tasklayers import PerTask, TaskLinear
 
 CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not change with the length of the text
@@ -41,22 +42,64 @@ def _check(model: Any) -> None:
         raise Unfit(f"its attention is {', '.join(sorted(kinds)) or f'over a window of {window}'}")
 
 
-def _linear(name: str, module: nn.Module, dtype: torch.dtype) -> kernel.Linear:
+def tasks_of(model: Any) -> Any:
+    """The tasks that were named for the rows of a bundle's model; None for any other model, or where none were."""
+    return getattr(getattr(model, "task_rows", None), "names", None)
+
+
+def _task(model: Any) -> str | None:
+    """The one task that a bundle's model is asked for; None is the base's, and any other model's."""
+    names = tasks_of(model)
+    if hasattr(model, "task_rows") and names is None:
+        raise Unfit("no task was chosen")
+    if names and len(set(names)) > 1:
+        raise Unfit("the batch is of several tasks")
+    return names[0] if names else None
+
+
+def _linear(name: str, module: nn.Module, dtype: torch.dtype, task: str | None) -> kernel.Linear:
+    if type(module) is TaskLinear:
+        return _of_task(name, module, dtype, task)
+    if type(module) is PerTask and type(module.module) is nn.Linear:
+        found = {**dict(module.module.named_parameters()), **module.own.get(task, module.module.weight.device)}
+        return kernel.Linear(found["weight"].detach(), _detached(found.get("bias")), dtype)
     if type(module) is nn.Linear:
-        return kernel.Linear(module.weight.detach(), None if module.bias is None else module.bias.detach(), dtype)
+        return kernel.Linear(module.weight.detach(), _detached(module.bias), dtype)
     if type(module) not in (CompressedLinear, TiedLinear):
         raise Unfit(f"{name} is a {type(module).__name__}")
-    found = kernel.lower(module.prepared, module.bias, dtype) if module.prepared is not None else "it is offloaded"
-    if isinstance(found, str):
-        raise Unfit(f"{name} is {module.kind}, and {found}")
-    return found
+    lowered = kernel.lower(module.prepared, module.bias, dtype) if module.prepared is not None else "it is offloaded"
+    if isinstance(lowered, str):
+        raise Unfit(f"{name} is {module.kind}, and {lowered}")
+    return lowered
 
 
-def _norm(name: str, module: nn.Module) -> tuple[torch.Tensor, float]:
+def _detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def _of_task(name: str, module: TaskLinear, dtype: torch.dtype, task: str | None) -> kernel.Linear:
+    """A linear of one task: the base's, or with the task's delta, or the task's own."""
+    weight, bias = module.weight.detach(), _detached(module.biases.get(str(task), module.bias))
+    if task in module.dense:
+        weight = module.dense[task].detach()
+    if module.width != len(weight) or task in module.tails:
+        raise Unfit(f"{name} has {module.width} outputs, of which tasks have their own")
+    if task in module.dense or task not in module.deltas or module.shared is None:
+        return kernel.Linear(weight, bias, dtype)
+    made = kernel.with_delta(weight, bias, module.shared, module.deltas[task], module.are_signs, dtype)
+    if isinstance(made, str):
+        raise Unfit(f"{name} is masked_delta, and {made}")
+    return made
+
+
+def _norm(name: str, module: nn.Module, task: str | None) -> tuple[torch.Tensor, float]:
+    own: dict[str, torch.Tensor] = {}
+    if type(module) is PerTask:
+        module, own = module.module, module.own.get(task, next(module.parameters()).device)
     eps = getattr(module, "variance_epsilon", None)
     if eps is None or [n for n, _ in module.named_parameters()] != ["weight"]:
         raise Unfit(f"{name} is a {type(module).__name__}")
-    weight: torch.Tensor = module.weight.detach()  # type: ignore[assignment, operator]
+    weight: torch.Tensor = own.get("weight", module.weight).detach()  # type: ignore[arg-type, operator]
     return weight, float(eps)
 
 
@@ -106,15 +149,16 @@ class Plan:
         """Raises Unfit with the reason."""
         _check(model)
         dtype, trunk = model.dtype, model.model
+        self.tasks, task = tasks_of(model), _task(model)
         blocks, epsilons = [], set()
         for i, layer in enumerate(trunk.layers):
-            made, eps = self._block(f"model.layers.{i}", layer, dtype)
+            made, eps = self._block(f"model.layers.{i}", layer, dtype, task)
             blocks.append(made)
             epsilons |= eps
-        norm, eps_last = _norm("model.norm", trunk.norm)
+        norm, eps_last = _norm("model.norm", trunk.norm, task)
         if epsilons | {eps_last} != {eps_last}:
             raise Unfit("its norms have different epsilons")
-        head = _linear("lm_head", model.lm_head, dtype)
+        head = _linear("lm_head", model.lm_head, dtype, task)
         attention = trunk.layers[0].self_attn
         d = int(attention.head_dim)
         sizes = blocks[0].q.shape[0] // d, blocks[0].k.shape[0] // d
@@ -127,17 +171,17 @@ class Plan:
         self.blocks, self.dtype = len(blocks), dtype
         self._watch(model)
 
-    def _block(self, name: str, layer: Any, dtype: torch.dtype) -> tuple[kernel.Block, set[float]]:
+    def _block(self, name: str, layer: Any, dtype: torch.dtype, task: str | None) -> tuple[kernel.Block, set[float]]:
         """A block's weights, and its norms' epsilons."""
         attention, mlp = layer.self_attn, layer.mlp
         norms = {"norm_in": layer.input_layernorm, "norm_mid": layer.post_attention_layernorm}
         if hasattr(attention, "q_norm"):
             norms |= {"norm_q": attention.q_norm, "norm_k": attention.k_norm}
-        weights = {key: _norm(f"{name}.{key}", module) for key, module in norms.items()}
+        weights = {key: _norm(f"{name}.{key}", module, task) for key, module in norms.items()}
         parts = {k: getattr(attention, f"{k}_proj") for k in "qkvo"} | {
             k: getattr(mlp, f"{k}_proj") for k in ("gate", "up", "down")
         }
-        linears = {key: _linear(f"{name}.{key}_proj", module, dtype) for key, module in parts.items()}
+        linears = {key: _linear(f"{name}.{key}_proj", module, dtype, task) for key, module in parts.items()}
         return kernel.Block(**linears, **{k: w for k, (w, _) in weights.items()}), {eps for _, eps in weights.values()}
 
     def _watch(self, model: nn.Module) -> None:
@@ -154,10 +198,11 @@ class Plan:
         self._instances = [vars(m) for m in inside]
         self._config = model.config
 
-    def holds(self) -> bool:
-        """Whether nothing that the decoder stands for was replaced, moved or prepared again since."""
+    def holds(self, model: Any) -> bool:
+        """Whether nothing that the decoder stands for was replaced, moved or prepared again since, nor another task chosen."""
         return (
-            all(map(is_, starmap(getitem, self._places), self._found))
+            tasks_of(model) == self.tasks
+            and all(map(is_, starmap(getitem, self._places), self._found))
             and all(map(is_, map(attrgetter("prepared"), self._linears), self._prepared))
             and list(map(torch.Tensor.data_ptr, self._tensors)) == self._addresses
         )

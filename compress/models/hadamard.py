@@ -1,9 +1,7 @@
-"""Orthogonal matrices of any order, as Kronecker products of small Hadamard factors.
+"""Orthogonal matrices of any order, as Kronecker products of small Hadamard factors (`compress_kernels.hadamard.matrices`).
 
-    H Hᵀ = n I, entries ±1:   order 2 Sylvester;   q + 1 Paley I, prime q = 3 mod 4;   2 (q + 1) Paley II, prime q = 1 mod 4
-
-(Paley, J. Math. Phys. 12, 1933.) `Rotation` is diag(signs) (F1 x F2 x …) / sqrt(n) as in spcl/QuaRot `hadamard_utils.py:
-random_hadamard_matrix`, whose tables this replaces; orders without a construction get a random orthogonal matrix.
+`Rotation` is diag(signs) (F1 x F2 x …) / sqrt(n) as in spcl/QuaRot `hadamard_utils.py: random_hadamard_matrix`, whose tables
+this replaces; orders without a construction get a random orthogonal matrix.
 """
 
 from __future__ import annotations
@@ -11,72 +9,9 @@ from __future__ import annotations
 import math
 
 import torch
+from compress_kernels.hadamard.matrices import factors
 
-_LARGEST = 2048  # factor that is built dense
-_SYLVESTER = 64
 _PIECE = 1 << 20  # elements rotated at a time
-
-
-def _prime(n: int) -> bool:
-    return n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1))
-
-
-def _character(q: int) -> torch.Tensor:
-    """J (q, q) with J_ij = chi(i - j): 1 where the difference is a non-zero square mod q, -1 where it is none."""
-    chi = torch.full((q,), -1.0, dtype=torch.float64)
-    chi[torch.arange(1, q) ** 2 % q] = 1.0
-    chi[0] = 0.0
-    i = torch.arange(q)
-    return chi[(i[:, None] - i[None, :]) % q]
-
-
-def _paley_one(q: int) -> torch.Tensor:
-    S = torch.zeros(q + 1, q + 1, dtype=torch.float64)
-    S[0, 1:], S[1:, 0], S[1:, 1:] = 1.0, -1.0, _character(q)
-    return S + torch.eye(q + 1, dtype=torch.float64)
-
-
-def _paley_two(q: int) -> torch.Tensor:
-    S = torch.zeros(q + 1, q + 1, dtype=torch.float64)
-    S[0, 1:], S[1:, 0], S[1:, 1:] = 1.0, 1.0, _character(q)
-    plus, minus = torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double(), torch.tensor([[1.0, -1.0], [-1.0, -1.0]]).double()
-    return torch.kron(S, plus) + torch.kron(torch.eye(q + 1, dtype=torch.float64), minus)
-
-
-def _base(order: int) -> torch.Tensor | None:
-    """A Hadamard matrix of this order by one of Paley's constructions."""
-    if order % 4 == 0 and (order - 1) % 4 == 3 and _prime(order - 1):
-        return _paley_one(order - 1)
-    if order % 4 == 0 and (order // 2 - 1) % 4 == 1 and _prime(order // 2 - 1):
-        return _paley_two(order // 2 - 1)
-    return None
-
-
-def _sylvester(order: int) -> torch.Tensor:
-    H = torch.ones(1, 1, dtype=torch.float64)
-    while H.shape[0] < order:
-        H = torch.kron(H, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64))
-    return H
-
-
-def factors(n: int) -> list[torch.Tensor] | None:
-    """Hadamard matrices (fp64) whose Kronecker product has order n, the odd part in the first; None if no construction fits."""
-    if n < 1:
-        raise ValueError(f"no matrix of order {n}")
-    power = n & -n
-    odd, out = n // power, []
-    if odd > 1:
-        orders = (odd * 2**k for k in range(2, power.bit_length()))
-        found = next(((k, H) for k in orders if k <= _LARGEST and (H := _base(k)) is not None), None)
-        if found is None:
-            return None
-        out.append(found[1])
-        power = n // found[0]
-    while power > 1:
-        step = min(power, _SYLVESTER)
-        out.append(_sylvester(step))
-        power //= step
-    return out or [torch.ones(1, 1, dtype=torch.float64)]
 
 
 class Rotation:

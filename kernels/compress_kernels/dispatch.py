@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 SIZES = {"small": 1 << 20, "medium": 1 << 23}  # weights, at most; beyond: large
+DECODING = ("cpu", "cpu-exact", "dense")  # paths whose weights native decoding (`block`) takes
 TUNED = "it is slower here than {}, by compress bench tune"
 
 
@@ -96,6 +97,15 @@ def read(where: Path) -> Mapping[str, str]:
         logger.warning("%s was measured on another machine and is left alone: compress bench tune", where)
         return {}
     return {str(k): str(v) for k, v in paths.items()}
+
+
+def candidates(paths: Sequence[str]) -> list[str]:
+    """Of paths that can run, those that a table may name: with the C++ library those that native decoding takes, if there are such.
+
+    Another path may be faster by itself, but one such weight would leave a model's every token to transformers.
+    """
+    decoding = [path for path in paths if path in DECODING] if native.missing() is None else []
+    return decoding or list(paths)
 
 
 def preferred(kind: str, bits: int, dtype: torch.dtype, shape: tuple[int, int]) -> str | None:

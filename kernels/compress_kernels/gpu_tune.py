@@ -1,10 +1,14 @@
-"""Times every way worth trying on the GPU at hand and writes its table (`gpu_table`). Nothing here runs while a model is served."""
+"""Times every way worth trying on the GPU at hand, and the dense product beside them, and writes its table (`gpu_table`).
+
+Nothing here runs while a model is served.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -19,6 +23,7 @@ from compress_kernels.int_grouped import triton as int_grouped
 
 SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (14336, 4096))  # Llama-3-8B, q/k/v and gate/up as one
 ROWS = (1, 16, 32, 64, 128, 256, 512, 1024, 4096)
+TILE = int_grouped.TILE
 COLD = 192 << 20  # bytes of weights that calls go round through: more than three times an H200's L2 cache
 _CALLS = 16  # in a graph, at least
 
@@ -40,14 +45,14 @@ def random_weight(
         else torch.randint(0, 1 << bits, scale.shape, device=device)
     )
     stats = zero.to(torch.int32) << 16 | scale.to(dtype).view(torch.int16).to(torch.int32) & 0xFFFF
-    locks = torch.zeros(2 * tiles * 32, dtype=torch.int32, device=device)
+    locks = int_grouped.counters(tiles, device)
     shaped = words.view(tiles, KT, planes, int_grouped.TILE, W)
     return int_grouped.Weight((O, I), bits, group, shaped, stats, None, dtype == torch.bfloat16, locks)
 
 
 def copies(size: int) -> int:
     """How many weights of `size` bytes make a round of COLD bytes."""
-    return max(2, min(64, -(-COLD // size)))
+    return max(2, min(256, -(-COLD // size)))
 
 
 def graph_times(calls: Sequence[Callable[[], object]], seconds: float = 0.2, least: int = 5) -> list[float]:
@@ -78,16 +83,27 @@ def graph_times(calls: Sequence[Callable[[], object]], seconds: float = 0.2, lea
     return times[1:]
 
 
-def _timed(weights: Sequence[int_grouped.Weight], x: torch.Tensor, how: gpu_table.Choice) -> float:
-    y = x.new_empty(len(x), weights[0].shape[0])
-    return statistics.median(graph_times([partial(int_grouped.run, x, w, None, y, how) for w in weights], 0.05))
+def wall_times(calls: Sequence[Callable[[], object]], seconds: float = 0.0, least: int = 1) -> list[float]:
+    """As `graph_times`, by the clock and without a GPU: it shows that the calls run, not how fast."""
+    times = []
+    for call in islice(cycle(calls), least):
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e6)
+    return times
+
+
+Timer = Callable[..., list[float]]
 
 
 def measure(
     bits: int, group: int, shape: tuple[int, int], rows: Sequence[int] = ROWS, dtype: torch.dtype = torch.bfloat16,
-    symmetric: bool = False, device: torch.device | None = None,
+    symmetric: bool = False, device: torch.device | None = None, quick: bool = False, timer: Timer = graph_times,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """The fastest way for each number of rows of x, as rows of a table, with the time of the dense product beside it."""
+    """The fastest way for each number of rows of x, as rows of a table, with the time of the dense product beside it.
+
+    `shape` (O, I); `timer` is `graph_times`, or `wall_times` where there is no GPU.
+    """
     device = device or torch.device("cuda")
     O, I = shape
     count = copies(O * I * bits // 8)
@@ -96,11 +112,12 @@ def measure(
     for M in rows:
         x = torch.randn(M, I, device=device).to(dtype)
         y = x.new_empty(M, O)
-        theirs = statistics.median(graph_times([partial(torch.mm, x, W.T, out=y) for W in dense], 0.05))
+        theirs = statistics.median(timer([partial(torch.mm, x, W.T, out=y) for W in dense], 0.05))
         found: list[tuple[float, gpu_table.Choice]] = []
-        for how in gpu_table.candidates(bits, M):
+        for how in gpu_table.candidates(bits, M, quick):
+            calls = [partial(int_grouped.run, x, w, None, y, how) for w in weights]
             try:
-                found.append((_timed(weights, x, how), how))
+                found.append((statistics.median(timer(calls, 0.05)), how))
             except Exception as error:  # a candidate may need more shared memory than there is
                 if type(error).__name__ not in ("OutOfResources", "PTXASError"):
                     raise
@@ -112,21 +129,27 @@ def measure(
 def tune(
     bits: Sequence[int] = (4,), groups: Sequence[int] = (128,), shapes: Sequence[tuple[int, int]] = SHAPES,
     rows: Sequence[int] = ROWS, path: Path | None = None, progress: Callable[[dict[str, Any]], None] | None = None,
+    quick: bool = False, seconds: float = float("inf"), device: torch.device | None = None,
 ) -> Path:  # fmt: skip
     """Measure and write the table of the current CUDA device; rows of other widths, groups and shapes in it are kept.
 
-    `path` is `gpu_table.user_table` unless given. Raises RuntimeError where there is no CUDA device.
+    `path` is `gpu_table.user_table` unless given. No weight is begun after `seconds`. `device` "cpu" goes through all of it in
+    Triton's interpreter, by `wall_times`. Raises RuntimeError where there is no CUDA device.
     """
-    if not torch.cuda.is_available():
+    dry = device is not None and device.type == "cpu"
+    if not dry and not torch.cuda.is_available():
         raise RuntimeError("there is no CUDA device to measure on")
-    name = torch.cuda.get_device_name()
+    end = time.monotonic() + seconds
+    name = "interpreter" if dry else torch.cuda.get_device_name()
     path = path or gpu_table.user_table(name)
     old = gpu_table.read(path)["rows"] if path.is_file() else []
     new: list[dict[str, Any]] = []
     for width in bits:
         for group in groups:
             for shape in shapes:
-                for row in measure(width, group, shape, rows):
+                if time.monotonic() > end:
+                    continue
+                for row in measure(width, group, shape, rows, device=device, quick=quick, timer=wall_times if dry else graph_times):
                     new.append(row)
                     if progress is not None:
                         progress(row)

@@ -4,16 +4,15 @@
 //   x += down(silu(gate(n)) up(n)), n = norm_mid(x)
 //   y  = head(norm(x))
 //
-// All threads run the whole token, in one parallel region, in five phases per block. A phase is pieces of output rows of products, by the
-// kernels of int_grouped and bitmask (or a dense one, below), or of heads. Threads take the pieces as they come, and a phase ends
+// All threads run the whole token, in one parallel region, in five phases per block, or more where products have several steps
+// (products.h). A phase is pieces of output rows of products, or of heads. Threads take the pieces as they come, and a phase ends
 // when its pieces are done, not when all threads have arrived: one that the system holds back holds nobody up unless in a piece.
 // What is cheap (norms, rounding x to int8) every thread does for itself. All is fp32 but what a kernel rounds x to, and the cache.
 #include "../native/jobs.h"
 #include "../native/vec.h"
 #include "attention.h"
+#include "products.h"
 
-extern "C" int CC_NAME(cc_int_grouped)(const IntGrouped* weight, const Call* call);
-extern "C" int CC_NAME(cc_masked)(const Masked* weight, const Call* call);
 extern "C" int omp_get_thread_num();
 extern "C" int sched_yield();
 
@@ -21,65 +20,14 @@ namespace CC_NAME(cc) {
 namespace {
 
 constexpr int64_t UNIT = 16, PIECE = 1 << 17, MOST = 8;  // rows of a tile; weights of a piece; pieces for each thread
+constexpr int STEPS = 3;                                 // of a product, at most
 
-// -- products ---------------------------------------------------------------------------------------------------------
-
-IntGrouped rows_of(const IntGrouped& w, int64_t begin, int64_t end) {  // begin is a multiple of a tile's 16 rows
-  IntGrouped part = w;
-  const int64_t statistics = begin * (w.K / w.group);
-  part.N = end - begin;
-  part.codes += begin / 16 * 2 * w.K * w.bits;
-  part.scale = static_cast<const char*>(w.scale) + statistics * size_of(w.scale_type);
-  if (w.zero) part.zero += statistics;
-  if (w.indptr) part.indptr += begin;
-  if (w.step) part.step += begin / 16;
-  return part;
-}
-
-Masked rows_of(const Masked& w, int64_t begin, int64_t end) {
-  Masked part = w;
-  part.N = end - begin;
-  part.mask += begin * ((w.K + 31) / 32 * 4);
-  if (!w.group) {
-    part.start += begin;
-    return part;
-  }
-  const int64_t statistics = begin * (w.K / w.group);
-  part.values = static_cast<const char*>(w.values) + begin * (w.K / 4);
-  part.scale = static_cast<const char*>(w.scale) + statistics * size_of(w.value_type);
-  if (w.zero) part.zero += statistics;
-  return part;
-}
-
-// y [M][end-begin] = x [M][K] times rows begin .. end of a matrix
-template <int type> void dense(const Linear& l, int64_t M, const float* x, int64_t begin, int64_t end, float* y) {
-  const int64_t K = l.K, whole = K / LANES * LANES, size = size_of(type), count = end - begin;
-  const char* W = static_cast<const char*>(l.weight);
-  for (int64_t n = begin; n < end; n += 4) {
-    const int64_t rows = end - n < 4 ? end - n : 4;
-    const char* row[4];
-    for (int r = 0; r < 4; r++) row[r] = W + (n + (r < rows ? r : 0)) * K * size;
-    for (int64_t m = 0; m < M; m++) {
-      F acc[4] = {set_f(0), set_f(0), set_f(0), set_f(0)};
-      for (int64_t k = 0; k < whole; k += LANES) {
-        const F v = load_f(x + m * K + k);
-        for (int r = 0; r < 4; r++) acc[r] = fma(load_16<type>(row[r] + k * size), v, acc[r]);
-      }
-      for (int r = 0; r < rows; r++) {
-        float f = sum(acc[r]);
-        for (int64_t k = whole; k < K; k++) f += load_one(row[r], k, type) * x[m * K + k];
-        y[m * count + n - begin + r] = f;
-      }
-    }
-  }
-}
+// -- threads ----------------------------------------------------------------------------------------------------------
 
 struct Phase { int32_t taken, done; };  // pieces
 
-struct Room {  // a thread's own
+struct Room : Space {  // a thread's own
   float *x, *y, *scores;
-  void* kernel;
-  int64_t kernel_bytes;
   Phase* phase;
   const Linear* held;  // whose x is in `kernel`, or null
   bool normed;         // whether this phase's norm is in `x`
@@ -117,38 +65,7 @@ inline int64_t pieces_of(int64_t weights, int threads) {
   return threads == 1 ? 1 : wanted < threads ? threads : wanted > MOST * threads ? MOST * threads : wanted;
 }
 
-int64_t kernel_bytes(const Linear& l, int64_t M) {
-  if (l.kind == CC_MASKED) return 4 * M * ((l.K + 15) / 16 * 16);
-  if (l.kind != CC_INTS) return 0;
-  const IntGrouped& w = *static_cast<const IntGrouped*>(l.weight);
-  const int64_t bytes = M * (w.exact ? 4 * (w.K / w.group) + 4 * w.K : 8 * (w.K / w.sub) + w.K);
-  return w.step ? (bytes + 63) / 64 * 64 + 4 * w.K * (M > 1 ? (M + 15) / 16 * 16 : 1) : bytes;
-}
-
-// y [M][end-begin] = x [M][K] times rows begin .. end; the bias is not in it
-int product(const Linear& l, int64_t M, const float* x, int64_t begin, int64_t end, float* y, bool ready, const Room& room) {
-  if (l.kind == CC_DENSE) {
-    if (l.type == BF16) dense<BF16>(l, M, x, begin, end, y);
-    else if (l.type == F16) dense<F16>(l, M, x, begin, end, y);
-    else dense<F32>(l, M, x, begin, end, y);
-    return CC_OK;
-  }
-  Call call = {M, l.K, F32, 1, x, y, room.kernel, room.kernel_bytes, ready, 0};
-  if (l.kind == CC_INTS) {
-    const IntGrouped part = rows_of(*static_cast<const IntGrouped*>(l.weight), begin, end);
-    return CC_NAME(cc_int_grouped)(&part, &call);
-  }
-  const Masked part = rows_of(*static_cast<const Masked*>(l.weight), begin, end);
-  const int64_t inputs = M * l.K, outputs = M * (end - begin);
-  call.type = l.type;
-  if (l.type == F32) return CC_NAME(cc_masked)(&part, &call);
-  char* narrow = static_cast<char*>(room.kernel) + room.kernel_bytes;  // x, then y, rounded
-  for (int64_t i = 0; i < inputs; i++) store_one(narrow, i, l.type, x[i]);
-  call.x = narrow, call.y = narrow + 2 * inputs;
-  const int code = CC_NAME(cc_masked)(&part, &call);
-  for (int64_t i = 0; i < outputs; i++) y[i] = load_one(call.y, i, l.type);
-  return code;
-}
+// -- products ---------------------------------------------------------------------------------------------------------
 
 // whether two linears read the same x in the same form
 bool alike(const Linear& a, const Linear& b) {
@@ -166,29 +83,64 @@ struct Rows {  // of a linear, a piece's
   inline int64_t count() const { return end - begin; }
 };
 
-// A piece's rows of y [M][N] = (add ? y : 0) + x Wᵀ + bias; x is the same for all pieces and linears of a phase
-void linear(const Linear& l, int64_t M, const float* x, float* y, bool add, const Piece& piece, Room& room) {
-  const Rows rows(l.N, piece);
+struct Product {
+  const Linear& l;
+  float* y;  // [M][N]
+};
+
+// A piece's rows of one step of a product: to y [M][N] for the last one, which gets the bias and may be added; else to `own`, where the
+// steps' outputs lie one after the other. x is the same for all pieces and products of a phase.
+void run(const Product& p, int step, int64_t M, const float* x, float* own, bool add, const Piece& piece, Room& room) {
+  const Linear& l = p.l;
+  const bool last = step + 1 == steps(l);
+  const int64_t N = outputs(l, step);
+  const Rows rows(N, piece);
   const int64_t count = rows.count();
   if (count <= 0) return;
-  const bool direct = M == 1 && !add;
-  float* part = direct ? y + rows.begin : room.y;
-  room.code |= product(l, M, x, rows.begin, rows.end, part, room.held && alike(*room.held, l), room);
-  room.held = l.kind == CC_INTS ? &l : l.kind == CC_MASKED ? nullptr : room.held;
+  const float* before = own;
+  for (int i = 0; i < step; i++) before = own, own += M * outputs(l, i);
+  float* to = last ? p.y : own;
+  const bool direct = M == 1 && !(last && add);
+  float* part = direct ? to + rows.begin : room.y;
+  room.code |= step_rows(l, step, M, x, before, rows.begin, rows.end, part, room.held && alike(*room.held, l), room);
+  room.held = l.kind == CC_INTS ? &l : l.kind == CC_DENSE ? room.held : nullptr;
   for (int64_t m = 0; m < M; m++) {
-    float *from = part + m * count, *to = y + m * l.N + rows.begin;
-    if (l.bias)
+    float *from = part + m * count, *at = to + m * N + rows.begin;
+    if (last && l.bias)
       for (int64_t i = 0; i < count; i++) from[i] += load_one(l.bias, rows.begin + i, l.bias_type);
-    if (add)
-      for (int64_t i = 0; i < count; i++) to[i] += from[i];
-    else if (!direct) __builtin_memcpy(to, from, 4 * count);
+    if (last && add)
+      for (int64_t i = 0; i < count; i++) at[i] += from[i];
+    else if (!direct) __builtin_memcpy(at, from, 4 * count);
+  }
+}
+
+// Products of the same input(), in as many phases as the longest has steps, the last ones together; then after(piece)
+template <int count, class Input, class After>
+void products(const Step& s, float* own, const Product (&all)[count], bool add, Room& room, const Input& input, const After& after) {
+  int longest = 1;
+  for (const Product& p : all) longest = steps(p.l) > longest ? steps(p.l) : longest;
+  for (int left = longest - 1; left >= 0; left--) {  // steps behind this one
+    int64_t weights = 0;
+    for (const Product& p : all) {
+      const int step = steps(p.l) - 1 - left;
+      if (step >= 0) weights += outputs(p.l, step) * inputs(p.l, step);
+    }
+    share(room, pieces_of(weights, s.threads), [&](const Piece& piece) {
+      float* at = own;
+      for (const Product& p : all) {
+        const int step = steps(p.l) - 1 - left;
+        if (step >= 0) run(p, step, s.B, reads_x(p.l, step) ? input() : nullptr, at, add, piece, room);
+        at += s.B * between(p.l);
+      }
+      if (left == 0) after(piece);
+    });
   }
 }
 
 // -- the token --------------------------------------------------------------------------------------------------------
 
 struct Shared {  // what the threads exchange, [B][…] each
-  float *x, *q, *k, *v, *mixed, *gate, *up;
+  float *x, *q, *k, *v, *mixed, *gate, *up, *between;
 };
 
 inline int64_t places(const Step& s) { return (s.capacity + 1 + LANES - 1) / LANES * LANES; }
@@ -241,67 +193,47 @@ void gated(const Decoder& d, const Step& s, const Shared& shared, const Piece& p
 }
 
 void token(const Decoder& d, const Step& s, const Shared& shared, Room& room) {
-  const int64_t M = s.B, Q = d.heads * d.head_dim, items = M * d.heads;
-  const int64_t qkv = pieces_of(d.D * (Q + 2 * d.kv_heads * d.head_dim), s.threads), out = pieces_of(d.D * Q, s.threads);
-  const int64_t gate_up = pieces_of(2 * d.D * d.inner, s.threads), down = pieces_of(d.D * d.inner, s.threads);
+  const int64_t items = s.B * d.heads;
   const int64_t some = s.threads == 1 ? 1 : items < 2 * s.threads ? items : 2 * s.threads;
+  const auto nothing = [](const Piece&) {};
+  float* own = shared.between;
   for (int64_t i = 0; i < d.blocks; i++) {
     const Block& b = d.block[i];
-    share(room, qkv, [&](const Piece& piece) {
-      const float* x = normed(d, s, b.norm_in, shared, room);
-      linear(b.q, M, x, shared.q, false, piece, room);
-      linear(b.k, M, x, shared.k, false, piece, room);
-      linear(b.v, M, x, shared.v, false, piece, room);
-    });
+    const Product qkv[] = {{b.q, shared.q}, {b.k, shared.k}, {b.v, shared.v}}, o[] = {{b.o, shared.x}};
+    const Product gate_up[] = {{b.gate, shared.gate}, {b.up, shared.up}}, down[] = {{b.down, shared.x}};
+    products(s, own, qkv, false, room, [&] { return normed(d, s, b.norm_in, shared, room); }, nothing);
     share(room, some, [&](const Piece& piece) { heads(d, b, s, i, shared, piece, room); });
-    share(room, out, [&](const Piece& piece) { linear(b.o, M, shared.mixed, shared.x, true, piece, room); });
-    share(room, gate_up, [&](const Piece& piece) {
-      const float* x = normed(d, s, b.norm_mid, shared, room);
-      linear(b.gate, M, x, shared.gate, false, piece, room);
-      linear(b.up, M, x, shared.up, false, piece, room);
-      gated(d, s, shared, piece);
-    });
-    share(room, down, [&](const Piece& piece) { linear(b.down, M, shared.gate, shared.x, true, piece, room); });
+    products(s, own, o, true, room, [&] { return shared.mixed; }, nothing);
+    products(s, own, gate_up, false, room, [&] { return normed(d, s, b.norm_mid, shared, room); },
+             [&](const Piece& piece) { gated(d, s, shared, piece); });
+    products(s, own, down, true, room, [&] { return shared.gate; }, nothing);
   }
-  share(room, pieces_of(d.D * d.head.N, s.threads), [&](const Piece& piece) {
-    linear(d.head, M, normed(d, s, d.norm, shared, room), s.y, false, piece, room);
-  });
+  const Product head[] = {{d.head, s.y}};
+  products(s, own, head, false, room, [&] { return normed(d, s, d.norm, shared, room); }, nothing);
 }
-
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 inline int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 struct Sizes {  // bytes
-  int64_t phases, shared, x, y, scores, kernel, narrow;
-  inline int64_t common() const { return phases + shared; }
-  inline int64_t own() const { return x + y + scores + kernel + narrow; }
+  int64_t phases, shared, between, x, y, scores, input, kernel, narrow;
+  inline int64_t common() const { return phases + shared + between; }
+  inline int64_t own() const { return x + y + scores + input + kernel + narrow; }
 };
 
 Sizes sizes(const Decoder& d, const Step& s) {
-  int64_t K = most(d.D, most(d.inner, d.heads * d.head_dim)), N = most(K, d.head.N), kernel = kernel_bytes(d.head, s.B);
+  int64_t K = most(d.D, most(d.inner, d.heads * d.head_dim)), N = most(K, d.head.N);
+  int64_t kernel = kernel_bytes(d.head, s.B), own = between(d.head), input = input_width(d.head);
+  N = most(N, own);
   for (int64_t i = 0; i < d.blocks; i++) {
     const Block& b = d.block[i];
     const Linear* const all[] = {&b.q, &b.k, &b.v, &b.o, &b.gate, &b.up, &b.down};
-    for (const Linear* l : all) kernel = most(kernel, kernel_bytes(*l, s.B));
+    for (const Linear* l : all) kernel = most(kernel, kernel_bytes(*l, s.B)), input = most(input, input_width(*l)), N = most(N, between(*l));
+    own = most(own, most(between(b.q) + between(b.k) + between(b.v), most(between(b.o), most(between(b.gate) + between(b.up), between(b.down)))));
   }
   const int64_t floats = d.D + 2 * d.heads * d.head_dim + 2 * d.kv_heads * d.head_dim + 2 * d.inner;
-  return {aligned((5 * d.blocks + 1) * int64_t(sizeof(Phase))), aligned(4 * s.B * floats), aligned(4 * s.B * d.D), aligned(4 * s.B * N), aligned(4 * TOGETHER * places(s)),
-          aligned(kernel), aligned(2 * s.B * (K + N))};
-}
-
-int unfit(const Linear& l, int64_t K, int64_t N) {
-  if (l.K != K || l.N != N || !l.weight) return CC_BAD_SHAPE;
-  if (l.bias && (l.bias_type < F32 || l.bias_type > F16)) return CC_BAD_TYPE;
-  if (l.kind == CC_DENSE) return l.type < F32 || l.type > F16 ? CC_BAD_TYPE : CC_OK;
-  const Call nothing = {0, K, l.kind == CC_INTS ? F32 : l.type, 1, nullptr, nullptr, nullptr, 0, 0, 0};
-  if (l.kind == CC_INTS) {
-    const IntGrouped& w = *static_cast<const IntGrouped*>(l.weight);
-    return w.K != K || w.N != N ? CC_BAD_SHAPE : CC_NAME(cc_int_grouped)(&w, &nothing);
-  }
-  if (l.kind != CC_MASKED) return CC_BAD_TYPE;
-  const Masked& w = *static_cast<const Masked*>(l.weight);
-  return w.K != K || w.N != N ? CC_BAD_SHAPE : CC_NAME(cc_masked)(&w, &nothing);
+  const int64_t phases = (4 * STEPS + 1) * d.blocks + STEPS;
+  return {aligned(phases * int64_t(sizeof(Phase))), aligned(4 * s.B * floats), aligned(4 * s.B * own), aligned(4 * s.B * d.D), aligned(4 * s.B * N),
+          aligned(4 * TOGETHER * places(s)), aligned(4 * s.B * input), aligned(kernel), aligned(2 * s.B * (K + N))};
 }
 
 int unfit(const Decoder& d) {
@@ -345,7 +277,8 @@ extern "C" int CC_NAME(cc_decode)(const Decoder* decoder, const Step* step) {
   shared.v = at, at += s.B * d.kv_heads * d.head_dim;
   shared.mixed = at, at += s.B * d.heads * d.head_dim;
   shared.gate = at, at += s.B * d.inner;
-  shared.up = at;
+  shared.up = at, at += s.B * d.inner;
+  shared.between = reinterpret_cast<float*>(static_cast<char*>(s.workspace) + z.phases + z.shared);
   const int64_t count = s.B * d.D;
   for (int64_t i = 0; i < count; i++) shared.x[i] = load_one(s.x, i, s.type);
   int code = CC_OK;
@@ -356,7 +289,8 @@ extern "C" int CC_NAME(cc_decode)(const Decoder* decoder, const Step* step) {
     room.x = reinterpret_cast<float*>(own);
     room.y = reinterpret_cast<float*>(own + z.x);
     room.scores = reinterpret_cast<float*>(own + z.x + z.y);
-    room.kernel = own + z.x + z.y + z.scores;
+    room.input = reinterpret_cast<float*>(own + z.x + z.y + z.scores);
+    room.kernel = own + z.x + z.y + z.scores + z.input;
     room.kernel_bytes = z.kernel;
     room.phase = static_cast<Phase*>(s.workspace);
     room.code = CC_OK;

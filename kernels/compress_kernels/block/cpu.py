@@ -9,12 +9,19 @@ from typing import Any
 import torch
 
 from compress_kernels import native
+from compress_kernels.armor import cpu as armor
 from compress_kernels.block.reference import Block, Linear, Shape
 from compress_kernels.int_grouped import cpu as int_grouped
+from compress_kernels.lowrank_sparse import cpu as factors
+from compress_kernels.masked_delta import single
 from compress_kernels.native import decoder, masked
 
 ROWS = 16  # of a batch; more are faster by the BLAS
 LARGEST_HEAD = 512
+_KINDS: dict[type, int] = {
+    int_grouped.Weight: decoder.INTS, masked.Weight: decoder.MASKED, factors.Weight: decoder.FACTORS, armor.Weight: decoder.ARMOR,
+    single.Weight: decoder.DELTA,
+}  # fmt: skip
 _SMALL = 1 << 20  # weights of a block, below which it runs on one thread
 
 
@@ -68,7 +75,7 @@ class Decoder:
         if isinstance(l.weight, torch.Tensor):
             kind, type_, weight = decoder.DENSE, native.TYPES[l.weight.dtype], l.weight.data_ptr()
         else:
-            kind = decoder.INTS if isinstance(l.weight, int_grouped.Weight) else decoder.MASKED
+            kind = _KINDS[type(l.weight)]
             type_, weight = native.TYPES[l.dtype], ctypes.addressof(l.weight.job)
         return decoder.Linear(I, O, kind, type_, bias, 0, weight, native.pointer(l.bias))
 

@@ -9,26 +9,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 
+from compress_kernels.armor import cpu as armor
+from compress_kernels.armor.reference import blocks
 from compress_kernels.int_grouped import cpu as int_grouped
+from compress_kernels.lowrank_sparse import cpu as factors
+from compress_kernels.masked_delta import single
 from compress_kernels.native import masked
+
+Weight: TypeAlias = int_grouped.Weight | masked.Weight | factors.Weight | armor.Weight | single.Weight | torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """y = x Wᵀ + bias, W (O, I) in a CPU kernel's layout or dense. Masked weights round x and y to `dtype`."""
+    """y = x Wᵀ + bias, W (O, I) in a CPU kernel's layout or dense, fp32 in and out.
 
-    weight: int_grouped.Weight | masked.Weight | torch.Tensor
+    Masked weights and deltas round x and y to `dtype`, and so does ARMOR's core with what its `pre` gives.
+    """
+
+    weight: Weight
     bias: torch.Tensor | None
     dtype: torch.dtype
 
     @property
     def shape(self) -> tuple[int, int]:
         """(O, I)."""
-        O, I = self.weight.shape
+        O, I = (self.weight.core if isinstance(self.weight, armor.Weight) else self.weight).shape
         return O, I
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -37,9 +47,34 @@ class Linear:
             y = F.linear(x, self.weight.float())
         elif isinstance(self.weight, masked.Weight):
             y = masked.linear(x.to(self.dtype), self.weight).float()
+        elif isinstance(self.weight, single.Weight):
+            y = single.linear(x.to(self.dtype), self.weight).float()
+        elif isinstance(self.weight, armor.Weight):
+            inner = masked.linear(blocks(x, self.weight.pre.float()).to(self.dtype), self.weight.core)
+            y = blocks(inner.float(), self.weight.post.float())
+        elif isinstance(self.weight, factors.Weight):
+            y = _factors(x, self.weight)
         else:
             y = int_grouped.linear(x, self.weight)
         return y if self.bias is None else y + self.bias.float()
+
+
+def _factors(x: torch.Tensor, w: factors.Weight) -> torch.Tensor:
+    """U [g f(A x_first) ; (1 - g) x_last], f and g where the weight has them; columns beyond a factor's own are 0."""
+    first, last, g = w.job.first, w.job.last, w.gamma
+    x = x if w.order is None else x[:, w.order.long()]
+    direct = x[:, first : first + last] * (1 if g is None else 1 - g)
+    if w.A is not None:
+        h = _factor(x[:, :first], w.A)
+        h = F.silu(h) if w.silu else h
+        direct = torch.cat([h if g is None else h * g, direct], 1)
+    return _factor(direct, w.U)
+
+
+def _factor(x: torch.Tensor, W: int_grouped.Weight | torch.Tensor) -> torch.Tensor:
+    if isinstance(W, torch.Tensor):
+        return F.linear(x, W.float())
+    return int_grouped.linear(F.pad(x, (0, W.shape[1] - x.shape[1])), W)
 
 
 @dataclass(frozen=True, slots=True)

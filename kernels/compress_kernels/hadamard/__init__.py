@@ -1,6 +1,6 @@
 """Orthogonal transforms of activations, x H / sqrt(n), for rotations that cannot be folded into a weight (before down_proj).
 
-H is a small Hadamard matrix times Sylvester's: orders 2^k, and k times a base that the caller has (12, 20, 28 …). On a
+H is a small Hadamard matrix times Sylvester's: orders 2^k, and k times a base that `matrices.base` has (12, 20, 28, 172 …). On a
 GPU one launch takes a row per program, with silu(gate) · up before it where asked for; else the reference runs, two or three
 small products.
 """
@@ -45,12 +45,18 @@ def can_run(n: int, base: torch.Tensor | None, dtype: torch.dtype, device: torch
     order = 1 if base is None else base.shape[0]
     if C < _SMALLEST:
         return f"a power of two of {B * C}, triton needs {_SMALLEST}"
-    size = (1 << (order - 1).bit_length()) * B * C
-    if size > 8192 and B > 1 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
-        return f"{n} elements by {C} and {B} spill before compute capability 9.0"
-    if size > _MOST or max(B, C) > 256:
+    padded = 1 << (order - 1).bit_length()
+    size = padded * B * C
+    if (size > 8192 or padded > 128) and device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        return f"{n} elements by {order}, {B} and {C} spill before compute capability 9.0"
+    if size > _MOST or max(padded, B, C) > 256:
         return f"{n} elements, triton's program holds {_MOST}"
     return None
+
+
+def warps(padded: int, size: int) -> int:
+    """Warps of a program: as many as keep its `size` elements in registers, base of order `padded`."""
+    return 8 if padded > 128 else 16 if size > 8192 else 8 if size > 4096 else 4
 
 
 def transform(x: torch.Tensor, base: torch.Tensor | None = None, up: torch.Tensor | None = None) -> torch.Tensor:
@@ -76,14 +82,15 @@ def _run(x: torch.Tensor, base: torch.Tensor | None, up: torch.Tensor | None) ->
     y = flat.new_empty(flat.shape)
     if len(flat):
         upcast = x.dtype == torch.float32 or (int_grouped.interpreted() and x.dtype == torch.bfloat16)
-        size = (1 << (A - 1).bit_length()) * B * C
+        AP = 1 << (A - 1).bit_length()
+        size = AP * B * C
         code: Any = _device_code()
         code.transform[(len(flat),)](
             flat, flat if gate is None else gate, flat if base is None else base.contiguous(), y, flat.stride(0),
             0 if gate is None else gate.stride(0), n, 1 / math.sqrt(A if A > 1 else B if B > 1 else C),
             1 / math.sqrt(C), 1 / math.sqrt(B if B > 1 else C),
-            A=A, AP=1 << (A - 1).bit_length(), B=B, C=C, GATED=gate is not None, UPCAST=upcast,
-            num_warps=16 if size > 8192 else 8 if size > 4096 else 4,
+            A=A, AP=AP, B=B, C=C, GATED=gate is not None, UPCAST=upcast,
+            num_warps=warps(AP, size),
         )  # fmt: skip
     return y.view(x.shape)
 

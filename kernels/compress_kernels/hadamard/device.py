@@ -63,10 +63,17 @@ def transform(x_ptr, up_ptr, base_ptr, y_ptr, stride_x, stride_up, n, scale, sca
     if B > 1:
         y = tl.reshape(tl.permute(tl.reshape(y * scale_c, (AP, B, C)), (0, 2, 1)), (AP * C, B))
         y = tl.permute(tl.reshape(_right(y, B, TYPE), (AP, C, B)), (0, 2, 1))
-    if A > 1:
-        a = tl.arange(0, AP)
-        inside = (a[:, None] < A) & (a[None, :] < A)
-        base = tl.load(base_ptr + a[None, :] * A + a[:, None], mask=inside, other=0).to(tl.float32)  # transposed
-        y = _left(base, tl.reshape(y, (AP, B * C)) * scale_b, TYPE)
-    y = tl.reshape(y, (AP * B, C)) * scale
-    tl.store(y_ptr + row * n + at, y.to(y_ptr.dtype.element_ty), mask=at < n)
+    if A > 1:  # in parts of the rows of base, which are stored as they come
+        HALF: tl.constexpr = AP if AP < 128 else 128
+        y = tl.reshape(y, (AP, B * C)) * scale_b
+        k = tl.arange(0, AP)
+        for part in tl.static_range(AP // HALF):
+            a = part * HALF + tl.arange(0, HALF)
+            inside = (a[:, None] < A) & (k[None, :] < A)
+            base = tl.load(base_ptr + k[None, :] * A + a[:, None], mask=inside, other=0).to(tl.float32)  # transposed
+            out = tl.reshape(_left(base, y, TYPE), (HALF * B, C)) * scale
+            spot = (part * HALF * B + tl.arange(0, HALF * B)[:, None]) * C + tl.arange(0, C)[None, :]
+            tl.store(y_ptr + row * n + spot, out.to(y_ptr.dtype.element_ty), mask=spot < n)
+    else:
+        y = tl.reshape(y, (AP * B, C)) * scale
+        tl.store(y_ptr + row * n + at, y.to(y_ptr.dtype.element_ty), mask=at < n)

@@ -65,7 +65,7 @@ def prepare(
     reasons: dict[str, str] = {}
     why = triton.refused(triton.can_run(bits, group_size, shape, dtype, words.device), exact)
     if why is None:
-        return Prepared("triton", bits, group_size, tensors, gpu=triton.prepare(words, scale, zero, shape, bits))
+        return Prepared("triton", bits, group_size, tensors, gpu=triton.prepare(words, scale, zero, shape, bits, dtype=dtype))
     if words.device.type != "cpu":
         reasons["triton"] = why
     unable = "exact results were asked for" if exact else cpu_int4.can_run(bits, group_size, shape, dtype, words.device)
@@ -137,7 +137,10 @@ def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None
         return cpu.linear(x, p.native, bias)
     if p.int4 is not None and x.dtype == torch.bfloat16 and x.numel() <= cpu_int4.ROWS_OF_X * x.shape[-1]:
         return cpu_int4.linear(x, *p.int4, p.group_size, bias)
-    words, scale, packed_zero = _parts(p.tensors)
+    tensors = p.tensors
+    if p.gpu is not None:  # they may be on the CPU, as pages of a file
+        tensors = {name: None if t is None else t.to(x.device) for name, t in tensors.items()}
+    words, scale, packed_zero = _parts(tensors)
     zero = p.zero if packed_zero is None or p.zero is not None else reference.zeros(packed_zero, p.bits, len(words))
     return tiled.linear(x, words, scale, zero, bias, p.bits)
 

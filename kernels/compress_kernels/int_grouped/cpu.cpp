@@ -20,6 +20,9 @@ namespace CC_NAME(cc) {
 namespace {
 
 constexpr int ROWS = 16, HALVES = ROWS / LANES, UNIT = 64;
+constexpr int AHEAD = 8192, SOON = 256;  // bytes, of codes and of scales: the CPU itself stops looking ahead every 4 KB
+constexpr int NEXT = 1024;  // outliers
+constexpr int64_t TOGETHER = 32;  // tiles whose outliers are taken one after the other
 
 template <int bits> struct Codes;
 
@@ -63,11 +66,20 @@ inline int chunk_of(int bits) { return bits == 8 ? 8 : bits == 3 ? 32 : 16; }
 
 inline F zero_of(const IntGrouped& w, int64_t at) { return w.zero ? to_f(widen_u8(w.zero + at)) : set_f(float(1 << (w.bits - 1))); }
 
-// y of MR rows of x and one tile, int8 activations
-template <int bits, int MR> void tile_int8(const IntGrouped& w, const Inputs& in, int64_t tile, int64_t m0, F (*y)[HALVES]) {
+template <int bits> inline void ask_codes(const uint8_t* p) {
+  for (int u = 0; u < Codes<bits>::UNITS; u++) ask_near(p + AHEAD + u * UNIT);
+}
+
+inline void ask_scales(const IntGrouped& w, int64_t at) {
+  ask_near(static_cast<const char*>(w.scale) + at * bytes_of(w.scale_type) + SOON);
+  if (w.zero) ask_near(w.zero + at + SOON);
+}
+
+// y of MR rows of x and one tile, int8 activations; SUB, where not 0, is w.sub
+template <int bits, int MR, int SUB> void tile_int8(const IntGrouped& w, const Inputs& in, int64_t tile, int64_t m0, F (*y)[HALVES]) {
   typedef Codes<bits> C;
   constexpr int QUADS = C::CHUNK / 4, SUMS = MR == 1 ? (QUADS < 4 ? QUADS : 4) : MR == 2 ? 2 : 1;
-  const int64_t blocks = w.K / w.sub, groups = w.K / w.group, chunks = w.sub / C::CHUNK, each = w.group / w.sub;
+  const int64_t blocks = w.K / w.sub, groups = w.K / w.group, chunks = (SUB ? SUB : w.sub) / C::CHUNK, each = w.group / w.sub;
   const uint8_t* p = w.codes + tile * (w.K / C::CHUNK) * C::UNITS * UNIT;
   const int8_t* x = static_cast<const int8_t*>(in.x) + m0 * w.K;
   const float *x_scale = in.scale + m0 * blocks, *x_sum = in.sum + m0 * groups;
@@ -82,7 +94,9 @@ template <int bits, int MR> void tile_int8(const IntGrouped& w, const Inputs& in
       for (int m = 0; m < MR; m++)
         for (int h = 0; h < HALVES; h++)
           for (int s = 0; s < SUMS; s++) acc[m][h][s] = set_i(0);
-      for (int64_t chunk = 0; chunk < chunks; chunk++, p += C::UNITS * UNIT, x += C::CHUNK * MR)
+#pragma GCC unroll 4
+      for (int64_t chunk = 0; chunk < chunks; chunk++, p += C::UNITS * UNIT, x += C::CHUNK * MR) {
+        ask_codes<bits>(p);
         for (int h = 0; h < HALVES; h++) {
           I quads[QUADS];
           C::bytes(p + h * LANES * 4, quads);
@@ -93,6 +107,7 @@ template <int bits, int MR> void tile_int8(const IntGrouped& w, const Inputs& in
               acc[m][h][q % SUMS] = dot4(acc[m][h][q % SUMS], quads[q], set_i(four));
             }
         }
+      }
       for (int m = 0; m < MR; m++)
         for (int h = 0; h < HALVES; h++) {
           I all = acc[m][h][0];
@@ -101,6 +116,7 @@ template <int bits, int MR> void tile_int8(const IntGrouped& w, const Inputs& in
         }
     }
     const int64_t at = (tile * groups + g) * ROWS;
+    ask_scales(w, at);
     for (int h = 0; h < HALVES; h++) {
       const F scale = load_typed(w.scale, at + h * LANES, w.scale_type), zero = zero_of(w, at + h * LANES);
       for (int m = 0; m < MR; m++) y[m][h] = fma(fnma(zero, set_f(x_sum[m * groups + g]), part[m][h]), scale, y[m][h]);
@@ -146,6 +162,7 @@ template <int bits, int MR> void tile_words(const IntGrouped& w, const Inputs& i
     for (int m = 0; m < MR; m++) even[m] = odd[m] = set_f(0);
     for (int64_t chunk = 0; chunk < chunks; chunk++, p += C::UNITS * UNIT, x += C::CHUNK * MR) {
       I quads[QUADS];
+      ask_codes<bits>(p);
       C::bytes(p, quads);
       for (int q = 0; q < QUADS; q++) {
         const I a = _mm512_permutexvar_epi16(quads[q], low), b = _mm512_permutexvar_epi16(right<8>(quads[q]), low);
@@ -160,6 +177,7 @@ template <int bits, int MR> void tile_words(const IntGrouped& w, const Inputs& i
       }
     }
     const int64_t at = (tile * groups + g) * ROWS;
+    ask_scales(w, at);
     const F scale = load_typed(w.scale, at, w.scale_type), zero = zero_of(w, at);
     for (int m = 0; m < MR; m++) {
       const F sum = set_f(in.sum[(m0 + m) * groups + g]);
@@ -184,7 +202,8 @@ template <int bits, int MR> void tile_exact(const IntGrouped& w, const Inputs& i
     for (int m = 0; m < MR; m++)
       for (int h = 0; h < HALVES; h++)
         for (int s = 0; s < SUMS; s++) acc[m][h][s] = set_f(0);
-    for (int64_t chunk = 0; chunk < chunks; chunk++, p += C::UNITS * UNIT, x += C::CHUNK)
+    for (int64_t chunk = 0; chunk < chunks; chunk++, p += C::UNITS * UNIT, x += C::CHUNK) {
+      ask_codes<bits>(p);
       for (int h = 0; h < HALVES; h++) {
         I quads[QUADS];
         C::bytes(p + h * LANES * 4, quads);
@@ -197,7 +216,9 @@ template <int bits, int MR> void tile_exact(const IntGrouped& w, const Inputs& i
             }
         }
       }
+    }
     const int64_t at = (tile * groups + g) * ROWS;
+    ask_scales(w, at);
     for (int h = 0; h < HALVES; h++) {
       const F scale = load_typed(w.scale, at + h * LANES, w.scale_type), zero = zero_of(w, at + h * LANES);
       for (int m = 0; m < MR; m++) {
@@ -213,17 +234,20 @@ inline I columns_at(const IntGrouped& w, int64_t at) {
   return w.step_short ? widen_u16(static_cast<const uint16_t*>(w.step_index) + at) : load_i(static_cast<const int32_t*>(w.step_index) + at);
 }
 
-// The outliers' part, in steps, of the outputs of a tile and a row of x; or of 16 rows of x. One by one: gathering takes twice as long.
+// The outliers' part, in steps, of the outputs of a tile and a row of x; or of 16 rows of x
 template <class Column> void outliers_of_one(const IntGrouped& w, const float* x, int64_t tile, float* out) {
   const Column* column = static_cast<const Column*>(w.step_index);
-  alignas(64) float value[ROWS];
-  float sum[ROWS] = {0};
+  const uint8_t* codes = w.codes + tile * 2 * w.K * w.bits + AHEAD;
+  F sum[HALVES];
+  for (int h = 0; h < HALVES; h++) sum[h] = set_f(0);
   for (int64_t i = w.step[tile] * ROWS; i < w.step[tile + 1] * ROWS; i += ROWS) {
-    for (int h = 0; h < HALVES; h++) store_f(value + h * LANES, load_typed(w.step_value, i + h * LANES, w.value_type));
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; r++) sum[r] = fma_one(value[r], x[column[i + r]], sum[r]);
+    ask_near(column + i + NEXT);
+    ask_near(static_cast<const uint16_t*>(w.step_value) + i + NEXT);
+    ask_far(codes), codes += UNIT;
+    for (int h = 0; h < HALVES; h++)
+      sum[h] = fma(load_typed(w.step_value, i + h * LANES, w.value_type), pick(x, column + i + h * LANES), sum[h]);
   }
-  for (int r = 0; r < ROWS; r++) out[r] = sum[r];
+  for (int h = 0; h < HALVES; h++) store_f(out + h * LANES, sum[h]);
 }
 
 void outliers_of_many(const IntGrouped& w, const float* x, int64_t tile, float* out) {
@@ -267,7 +291,8 @@ inline bool in_words(const IntGrouped& w, const Call& c) { return CC_ISA == 3 &&
 
 template <int bits, int MR> void rows_of_x(const IntGrouped& w, const Call& c, const Inputs& in, int64_t tile, int64_t m0, const float (*extra)[ROWS]) {
   F y[MR][HALVES];
-  if (!w.exact) tile_int8<bits, MR>(w, in, tile, m0, y);
+  if (!w.exact && w.sub == 32) tile_int8<bits, MR, 32>(w, in, tile, m0, y);
+  else if (!w.exact) tile_int8<bits, MR, 0>(w, in, tile, m0, y);
 #if CC_ISA == 3
   else if (in_words(w, c)) tile_words<bits, MR>(w, in, tile, m0, y);
 #endif
@@ -275,14 +300,21 @@ template <int bits, int MR> void rows_of_x(const IntGrouped& w, const Call& c, c
   for (int m = 0; m < MR; m++) finish(w, c, tile, m0 + m, y[m], extra ? extra[m] : nullptr);
 }
 
+// outputs of one row of x of some tiles: first the outliers of all, for which x stays in the nearest cache
+template <int bits> void tiles_of_one(const IntGrouped& w, const Call& c, const Inputs& in, int64_t begin, int64_t end) {
+  alignas(64) float sums[TOGETHER][ROWS];
+  for (int64_t tile = begin; tile < end; tile++)
+    if (w.step_short) outliers_of_one<uint16_t>(w, in.turned, tile, sums[tile - begin]);
+    else outliers_of_one<int32_t>(w, in.turned, tile, sums[tile - begin]);
+  for (int64_t tile = begin; tile < end; tile++) rows_of_x<bits, 1>(w, c, in, tile, 0, sums + (tile - begin));
+}
+
 // a tile's outputs of the rows start .. stop of x
 template <int bits> void tile_rows(const IntGrouped& w, const Call& c, const Inputs& in, int64_t tile, int64_t start, int64_t stop) {
   alignas(64) float sums[16][ROWS];
   for (int64_t m = start, end = 0; m < stop; m = end) {
     const float(*extra)[ROWS] = w.step ? sums : nullptr;
-    if (w.step && c.M == 1 && w.step_short) outliers_of_one<uint16_t>(w, in.turned, tile, sums[0]);
-    else if (w.step && c.M == 1) outliers_of_one<int32_t>(w, in.turned, tile, sums[0]);
-    else if (w.step) outliers_of_many(w, in.turned + m * w.K, tile, sums[0]);
+    if (w.step) outliers_of_many(w, in.turned + m * w.K, tile, sums[0]);
     end = m + 16 < stop ? m + 16 : stop;
     int64_t i = 0;
     for (; m + i + 8 <= end; i += 8) rows_of_x<bits, 8>(w, c, in, tile, m + i, extra ? extra + i : nullptr);
@@ -294,6 +326,13 @@ template <int bits> void tile_rows(const IntGrouped& w, const Call& c, const Inp
 
 template <int bits> void product(const IntGrouped& w, const Call& c, const Inputs& in) {
   const int64_t tiles = (w.N + ROWS - 1) / ROWS;
+  if (w.step && c.M == 1) {
+    const int64_t fair = (tiles + c.threads - 1) / c.threads, some = fair < TOGETHER ? fair : TOGETHER;
+    each(c.threads, (tiles + some - 1) / some, [&](int64_t i) {
+      tiles_of_one<bits>(w, c, in, i * some, (i + 1) * some < tiles ? (i + 1) * some : tiles);
+    });
+    return;
+  }
   // outliers jump about in x: as many of its rows are taken together as stay near
   const int64_t near = 1 << 18, rows = w.step ? (16 * w.K < near ? near / w.K / 16 * 16 : 16) : c.M;
   for (int64_t start = 0; start < c.M; start += rows) {

@@ -13,6 +13,7 @@ import torch
 
 from compress_kernels import bits as bitpack
 from compress_kernels import native
+from compress_kernels.native import pages
 
 CHUNK = {2: 16, 3: 32, 4: 16, 8: 8}  # columns that are unpacked together
 TILE = 16  # output rows that lie together
@@ -99,7 +100,7 @@ def prepare(
     """Repack words (O, K), scale (O, G), zero (O, G) uint8 or None; outliers are CSR parts as the artifact has them."""
     O, I = shape
     own, tiles = width(bits, I // scale.shape[1]), -(-O // TILE)
-    codes, done = torch.empty(tiles * TILE * I * own // 8, dtype=torch.uint8), 0
+    codes, done = pages.empty(tiles * TILE * I * own // 8), 0
     for part in words.split(_ROWS):
         q = bitpack.unpack(part, bits, I)
         piece = pack(torch.nn.functional.pad(q, (0, 0, 0, -len(q) % TILE)), own)

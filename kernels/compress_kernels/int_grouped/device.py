@@ -268,10 +268,10 @@ def product(x_ptr, words_ptr, stats_ptr, scale_ptr, bias_ptr, y_ptr, work_ptr, l
             BITS: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr, BF16_SCALES: tl.constexpr,
             BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr,
             BIAS: tl.constexpr, OUTLIERS: tl.constexpr, BF16_VALUES: tl.constexpr, DECODE: tl.constexpr):  # fmt: skip
-    """y (M, N) = x (M, K) Wᵀ + bias. Grid: (NP / BN, ceil(M / BM), SPLIT); GROUP 0: one scale per row.
+    """y (M, N) = x (M, K) Wᵀ + bias. Grid: (ceil(N / 128) · 128 / BN, ceil(M / BM), SPLIT); GROUP 0: one scale per row.
 
-    The splits of K write their sums to `work`; the one that arrives last, told by a counter of `locks`, adds them in their order,
-    so the result does not depend on who was last, and sets the counter back to 0.
+    Statistics of two groups lie NP apart. The splits of K write their sums to `work`; the one that arrives last, told by a counter
+    of `locks`, adds them in their order, so the result does not depend on who was last, and sets the counter back to 0.
     """
     KB: tl.constexpr = columns(BITS, GROUP)
     F: tl.constexpr = fields(BITS)
@@ -320,8 +320,8 @@ def product(x_ptr, words_ptr, stats_ptr, scale_ptr, bias_ptr, y_ptr, work_ptr, l
     if OUTLIERS:
         acc = _outliers(acc, x_ptr, stride_x, xt_ptr, stride_t, M, tile_m, starts_ptr, entries_ptr, run_starts_ptr, run_rows_ptr,
                         runs_ptr, tile, shift, split, BM, BN, SPLIT, OUTLIERS, BF16_VALUES)  # fmt: skip
-    _store(acc, bias_ptr, y_ptr + m[None, :] * stride_y + n[:, None], work_ptr, locks_ptr, tile_m * (NP // BN) + block, split,
-           n < N, m < M, n, BM, BN, SPLIT, BIAS)  # fmt: skip
+    _store(acc, bias_ptr, y_ptr + m[None, :] * stride_y + n[:, None], work_ptr, locks_ptr, tile_m * tl.num_programs(0) + block,
+           split, n < N, m < M, n, BM, BN, SPLIT, BIAS)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=("first", "KT"))

@@ -74,7 +74,7 @@ def prepare(
     zero = None if packed_zero is None else int_grouped.zeros(packed_zero, bits, shape[0])
     why = int_grouped_triton.refused(triton.can_run(bits, group_size, shape, dtype, words.device), exact)
     if why is None:
-        gpu = triton.weight(tensors, words, zero, shape, bits)
+        gpu = triton.weight(tensors, words, zero, shape, bits, dtype)
         return Prepared("triton", bits, group_size, rows, tensors, gpu=gpu)
     if words.device.type != "cpu":
         reasons["triton"] = why
@@ -128,7 +128,8 @@ def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None
         y = cpu_int4.linear(flat, *p.int4, p.group_size, None) + csr.product(flat, p.outliers)
         y = y if bias is None else y + bias
         return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
-    return tiled.linear(x, *(p.parts or _parts(p.tensors, p.rows)), bias, p.bits, p.rows)
+    tensors = p.tensors if p.gpu is None else {name: t.to(x.device) for name, t in p.tensors.items()}  # they may be pages of a file
+    return tiled.linear(x, *(p.parts or _parts(tensors, p.rows)), bias, p.bits, p.rows)
 
 
 @functools.cache

@@ -79,8 +79,9 @@ def prepare(indptr: torch.Tensor, index: torch.Tensor, value: torch.Tensor, shap
 
 
 def weight(
-    tensors: Mapping[str, torch.Tensor], words: torch.Tensor, zero: torch.Tensor | None, shape: tuple[int, int], bits: int
-) -> int_grouped.Weight:
-    """The kernel's weight (O, I) from an artifact's tensors; zero (O, G) uint8 or None."""
+    tensors: Mapping[str, torch.Tensor], words: torch.Tensor, zero: torch.Tensor | None, shape: tuple[int, int], bits: int,
+    dtype: torch.dtype | None = None,
+) -> int_grouped.Weight:  # fmt: skip
+    """The kernel's weight (O, I) from an artifact's tensors; zero (O, G) uint8 or None; dtype as for `int_grouped`."""
     side = prepare(tensors["outlier_indptr"], tensors["outlier_index"], tensors["outlier_value"], shape)
-    return int_grouped.prepare(words, reference.stored_scales(tensors, shape[0]), zero, shape, bits, side)
+    return int_grouped.prepare(words, reference.stored_scales(tensors, shape[0]), zero, shape, bits, side, dtype)

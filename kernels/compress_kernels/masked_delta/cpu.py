@@ -53,6 +53,11 @@ def linear(
     return run(x, W0, bias, *parts, [d.mask for d in found], [d.scale for d in found], rows, are_signs)  # type: ignore[no-any-return]
 
 
+def shared_vector(shared: Shared, inputs: int) -> native.Shared:
+    """A shared vector of rows of so many numbers as the library takes it, without its `low`."""
+    return _shared(shared.values, shared.scale, shared.bits, shared.zero, inputs)
+
+
 def _shared(values: torch.Tensor, scale: torch.Tensor | None, bits: int, zero: int, inputs: int) -> native.Shared:
     if values.dim() == 1:
         return native.Shared(3, 0, inputs, values.data_ptr(), None)

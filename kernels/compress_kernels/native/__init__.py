@@ -21,7 +21,7 @@ from compress_kernels import BackendError
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
 ISAS = ("scalar", "avx2", "avx512", "avx512-bf16")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

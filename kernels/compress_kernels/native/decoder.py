@@ -7,7 +7,7 @@ import functools
 
 from compress_kernels import native
 
-INTS, MASKED, DENSE = 1, 2, 3  # kinds of a Linear
+INTS, MASKED, DENSE, FACTORS, ARMOR, DELTA = range(1, 7)  # kinds of a Linear
 
 _f32, _i32, _i64, _p = ctypes.c_float, ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 

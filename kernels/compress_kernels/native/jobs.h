@@ -3,7 +3,7 @@
 #pragma once
 #include <stdint.h>
 
-enum { CC_VERSION = 2 };
+enum { CC_VERSION = 3 };
 enum { CC_OK = 0, CC_BAD_SHAPE = 1, CC_BAD_TYPE = 2, CC_NO_ISA = 3, CC_SMALL_WORKSPACE = 4 };
 
 struct IntGrouped {
@@ -84,13 +84,13 @@ struct Call {
   int32_t ready, unused;  // not 0: the workspace has x from the call before, of a weight of grouped integers that reads it alike
 };
 
-enum { CC_NONE = 0, CC_INTS = 1, CC_MASKED = 2, CC_DENSE = 3 };
+enum { CC_NONE = 0, CC_INTS = 1, CC_MASKED = 2, CC_DENSE = 3, CC_FACTORS = 4, CC_ARMOR = 5, CC_DELTA = 6 };
 
 struct Linear {  // y = x Wᵀ + bias
   int64_t K, N;
-  int32_t kind, type;  // CC_INTS: unused; CC_MASKED: the type that x is rounded to; CC_DENSE: the matrix's
+  int32_t kind, type;  // CC_DENSE, CC_FACTORS, CC_ARMOR: the matrices'; CC_MASKED, CC_ARMOR, CC_DELTA: what x is rounded to; else unused
   int32_t bias_type, unused;
-  const void* weight;  // an IntGrouped, a Masked, or a matrix [N][K]
+  const void* weight;  // an IntGrouped, a Masked, a matrix [N][K], Factors, an Armor, or a MaskedDelta of one task without a bias
   const void* bias;    // or null
 };
 

@@ -306,6 +306,35 @@ inline void store_four(void* p, int64_t at, int type, const float* four, int64_t
   for (int64_t r = 0; r < 4 && r < count; r++) store_one(p, at + r, type, four[r]);
 }
 
+// LANES numbers of x, by their columns. The gather instructions take 1.3 cycles for each on Zen 5, inserts 0.7.
+template <class Column> inline F pick(const float* x, const Column* column) {
+#if CC_ISA > 0
+  __m128 four[LANES / 4];
+  for (int i = 0; i < LANES / 4; i++) {
+    Column c[4];
+    uint64_t word;
+    __builtin_memcpy(&word, column + 4 * i, 8);
+    if (sizeof(Column) == 2) c[0] = Column(word), c[1] = Column(word >> 16), c[2] = Column(word >> 32), c[3] = Column(word >> 48);
+    else __builtin_memcpy(c, column + 4 * i, sizeof c);
+    const __m128 a = _mm_insert_ps(_mm_load_ss(x + c[0]), _mm_load_ss(x + c[1]), 0x10);
+    four[i] = _mm_insert_ps(_mm_insert_ps(a, _mm_load_ss(x + c[2]), 0x20), _mm_load_ss(x + c[3]), 0x30);
+  }
+  const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(four[0]), four[1], 1);
+#if CC_ISA == 1
+  return low;
+#else
+  return _mm512_insertf32x8(_mm512_castps256_ps512(low), _mm256_insertf128_ps(_mm256_castps128_ps256(four[2]), four[3], 1), 1);
+#endif
+#else
+  F a;
+  CC_EACH a.v[i] = x[column[i]];
+  return a;
+#endif
+}
+
+inline void ask_near(const void* p) { __builtin_prefetch(p, 0, 3); }  // for the line that p lies in, or would; nothing is read
+inline void ask_far(const void* p) { __builtin_prefetch(p, 0, 2); }  // only as near as the second cache
+
 inline constexpr int bytes_of(int type) { return type == F32 ? 4 : 2; }
 
 // f(0) … f(count-1) on so many threads. One starts no team: within another team that is half a microsecond.
