@@ -103,7 +103,7 @@ extern "C" int CC_NAME(cc_armor)(const Armor* weight, const Call* call) {
   if (c.M > 1 && c.stride < K) return CC_BAD_SHAPE;
   // in a row: pre's outputs, the core's outputs, and the core's own space, which serves as x in fp32 too
   const int64_t size = bytes_of(c.type), before = aligned(c.M * K * size), after = aligned(c.M * N * size);
-  const int64_t most = K > N ? K : N, own = 4 * (c.M + 16) * ((most + 31) / 32 * 32 + 32);
+  const int64_t most = K > N ? K : N, own = c.M ? 4 * (c.M + 16) * ((most + 31) / 32 * 32 + 32) : 0;
   if (c.workspace_bytes < before + after + own) return CC_SMALL_WORKSPACE;
   char* first = static_cast<char*>(c.workspace);
   char *second = first + before, *space = second + after;

@@ -154,7 +154,7 @@ inline Linear factor(const Linear& l, bool last) {
 }
 
 int64_t kernel_bytes(const Linear& l, int64_t M) {
-  if (l.kind == CC_MASKED || l.kind == CC_ARMOR) return 4 * M * ((l.K + 15) / 16 * 16);
+  if (l.kind == CC_MASKED || l.kind == CC_ARMOR) return 4 * (M + 16) * ((l.K + 31) / 32 * 32 + 32);  // rows, or panels of them
   if (l.kind == CC_DELTA) return 8 * M + 4 * (M + 2) * ((l.K + 31) / 32 * 32 + 32);
   if (l.kind == CC_FACTORS) return most(steps(l) > 1 ? kernel_bytes(factor(l, false), M) : 0, kernel_bytes(factor(l, true), M));
   if (l.kind != CC_INTS) return 0;
