@@ -7,17 +7,13 @@
 #include "../native/dots.h"
 #include "../native/jobs.h"
 #include "../native/panels.h"
+#include "words.h"
 
 namespace CC_NAME(cc) {
 namespace {
 
-enum { PLAIN = 0, BYTES = 1, NIBBLES = 2, CONSTANT = 3 };
 constexpr int64_t BAND = 4, PIECE = 1024;  // rows and columns of W that are merged together
 constexpr int64_t MOST = 96, MANY = 12;    // rows of x whose sums are held; a task's rows of x from which on they go through panels
-
-inline int64_t row_bytes(const SharedVector& s, int64_t K) {
-  return s.kind == PLAIN ? 2 * K : s.kind == BYTES ? (K + 3) / 4 * 4 : s.kind == NIBBLES ? (K + 7) / 8 * 4 : 0;
-}
 
 // the bits of LANES columns
 inline uint32_t bits_of(const uint32_t* mask, int64_t k) { return mask[k / 32] >> (k % 32); }
@@ -49,37 +45,6 @@ void decode(const SharedVector& s, int64_t K, int64_t row, int64_t k, int64_t co
   }
 }
 
-#if CC_ISA == 3
-
-struct Merge {  // of a row
-  const uint16_t *base, *shared;
-  const uint32_t* mask;
-  F factor;
-};
-
-// 32 columns: a bit of 1 adds factor times a shared number, a bit of 0 nothing, or takes it away where they are signs. Even and odd
-// columns are halves of 32-bit lanes, and fp32 but for a shift.
-template <bool signs> inline I merged(F factor, I base, I shared, uint32_t bits) {
-  const I high = set_i(int32_t(0xffff0000u));
-  if (signs) shared = _mm512_xor_si512(shared, _mm512_maskz_set1_epi16(~bits, int16_t(0x8000)));
-  const F even = add(_mm512_castsi512_ps(left<16>(base)), mul(_mm512_castsi512_ps(left<16>(shared)), factor));
-  const F odd = add(_mm512_castsi512_ps(and_i(base, high)), mul(_mm512_castsi512_ps(and_i(shared, high)), factor));
-  const I places = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const I words = _mm512_permutexvar_epi16(places, (I)_mm512_cvtne2ps_pbh(odd, even));
-  return signs ? words : _mm512_mask_mov_epi16(base, bits, words);
-}
-
-template <bool signs> void merge_words(const Merge w, int64_t count, uint16_t* out) {
-  int64_t k = 0;
-  for (; k + 32 <= count; k += 32) store_i(out + k, merged<signs>(w.factor, load_i(w.base + k), load_i(w.shared + k), w.mask[k / 32]));
-  if (k >= count) return;
-  const uint32_t inside = (1u << (count - k)) - 1;
-  const I base = _mm512_maskz_loadu_epi16(inside, w.base + k), shared = _mm512_maskz_loadu_epi16(inside, w.shared + k);
-  store_i(out + k, merged<signs>(w.factor, base, shared, w.mask[k / 32]));
-}
-
-#endif
-
 // Columns k .. end of a row of a task's weight, or of the base's where task is -1, rounded to `type`; end - k is a multiple of 32, at most
 // PIECE, and columns from K on are zeros.
 template <int type> void merge(const MaskedDelta& w, int64_t row, int64_t k, int64_t end, int32_t task, char* out) {
@@ -93,12 +58,10 @@ template <int type> void merge(const MaskedDelta& w, int64_t row, int64_t k, int
   }
   const uint32_t* mask = w.mask[task] + row * ((w.K + 31) / 32) + k / 32;
 #if CC_ISA == 3
-  if (type == BF16 && w.one.kind == PLAIN && !w.has_low) {
-    const uint16_t* shared = static_cast<const uint16_t*>(w.one.values) + row * w.K + k;
-    const Merge own = {reinterpret_cast<const uint16_t*>(base), shared, mask, set_f(w.factor[task])};
-    uint16_t* words = reinterpret_cast<uint16_t*>(out);
-    return w.signs ? merge_words<true>(own, count, words) : merge_words<false>(own, count, words);
-  }
+  if (type == BF16 && in_words(w))
+    return by_mode(w, [&](auto mode, auto scaled) {
+      merge_words<Mode(decltype(mode)::value), decltype(scaled)::value>(w, row, k, count, mask, w.factor[task], reinterpret_cast<uint16_t*>(out));
+    });
 #endif
   alignas(64) float one[PIECE], zero[PIECE];
   decode(w.one, w.K, row, k, count, width, one);
@@ -119,6 +82,8 @@ inline void ask(const MaskedDelta& w, int64_t row, int64_t k, int64_t end, int64
   const int64_t shared = row_bytes(w.one, w.K), width = end - k;
   ahead.add(static_cast<const char*>(w.base) + (row * w.K + k) * size, width * size);
   if (shared) ahead.add(static_cast<const char*>(w.one.values) + row * shared + shared * k / w.K, shared * width / w.K);
+  const int64_t low = w.has_low ? row_bytes(w.low, w.K) : 0;
+  if (low) ahead.add(static_cast<const char*>(w.low.values) + row * low + low * k / w.K, low * width / w.K);
   for (int64_t t = 0; t < w.tasks; t++) ahead.add(w.mask[t] + row * ((w.K + 31) / 32) + k / 32, width / 8);
 }
 
@@ -144,44 +109,56 @@ inline Run run_at(const MaskedDelta& w, const Batch& rows, int64_t at, int64_t m
 constexpr int DIRECT = 4;  // rows of x that are multiplied with numbers merged in registers
 
 // BAND rows of W, merged in registers, times MR rows of x from `at` on, whose tasks may be the same; `ask`: for the next band's numbers
-template <int MR, bool same, bool signs>
+template <int MR, bool same, Mode mode, bool scaled>
 void direct_block(const MaskedDelta& w, const int64_t* rows, const int32_t* tasks, const uint16_t* x, int64_t stride, bool ask, F (*held)[BAND]) {
-  const int64_t whole = w.K / 32 * 32, words = (w.K + 31) / 32, ahead = ask ? 2 * BAND * w.K : 0;
-  const uint16_t *base[BAND], *shared[BAND];
+  const int64_t whole = w.K / 32 * 32, words = (w.K + 31) / 32, ahead = ask ? BAND * w.K : 0;
+  const int64_t ahead_one = ask ? BAND * row_bytes(w.one, w.K) : 0, ahead_low = ask && w.has_low ? BAND * row_bytes(w.low, w.K) : 0;
+  const uint16_t* base[BAND];
+  Line one[BAND], low[BAND];
   const uint32_t* mask[MR][BAND];
   F sum[MR][BAND], factor[MR];
-  for (int r = 0; r < BAND; r++) base[r] = static_cast<const uint16_t*>(w.base) + rows[r] * w.K;
-  for (int r = 0; r < BAND; r++) shared[r] = static_cast<const uint16_t*>(w.one.values) + rows[r] * w.K;
+  for (int r = 0; r < BAND; r++) {
+    base[r] = static_cast<const uint16_t*>(w.base) + rows[r] * w.K;
+    one[r].open(w.one, w.K, rows[r], 0);
+    if (mode == LEVELS) low[r].open(w.low, w.K, rows[r], 0);
+  }
   for (int m = 0; m < MR; m++) {
     factor[m] = set_f(w.factor[tasks[m]]);
     for (int r = 0; r < BAND; r++) mask[m][r] = w.mask[tasks[m]] + rows[r] * words, sum[m][r] = set_f(0);
   }
-  const auto step = [&](int64_t k, const I* b, const I* v) __attribute__((always_inline)) {
-    for (int r = 0; r < BAND; r++) {
-      I d;
-      for (int m = 0; m < MR; m++) {
-        if (m == 0 || (!same && tasks[m] != tasks[m - 1])) d = merged<signs>(factor[m], b[r], v[r], mask[m][r][k / 32]);
-        sum[m][r] = _mm512_dpbf16_ps(sum[m][r], (__m512bh)d, (__m512bh)load_i(x + m * stride + k));
-      }
+  const auto add_step = [&](int r, int64_t k, I b, I up, I down) __attribute__((always_inline)) {
+    const Step s = step_of<mode, scaled>(b, one[r], up, low[r], down);
+    I d;
+    for (int m = 0; m < MR; m++) {
+      if (m == 0 || (!same && tasks[m] != tasks[m - 1])) d = merged<mode>(s, factor[m], mask[m][r][k / 32]);
+      sum[m][r] = _mm512_dpbf16_ps(sum[m][r], (__m512bh)d, (__m512bh)load_i(x + m * stride + k));
     }
   };
+  const uint16_t *up_at[BAND], *down_at[BAND];  // of numbers that are not scaled
+  for (int r = 0; r < BAND; r++) up_at[r] = reinterpret_cast<const uint16_t*>(one[r].at);
+  for (int r = 0; r < BAND && mode == LEVELS; r++) down_at[r] = reinterpret_cast<const uint16_t*>(low[r].at);
   for (int64_t k = 0; k < whole; k += 32) {
-    I b[BAND], v[BAND];
-    for (int r = 0; r < BAND; r++) {
-      b[r] = load_i(base[r] + k), v[r] = load_i(shared[r] + k);
-      __builtin_prefetch(reinterpret_cast<const char*>(base[r] + k) + ahead);
-      __builtin_prefetch(reinterpret_cast<const char*>(shared[r] + k) + ahead);
-    }
     if (ask && k % 512 == 0)
       for (int m = 0; m < (same ? 1 : MR); m++)
         for (int r = 0; r < BAND; r++) __builtin_prefetch(mask[m][r] + k / 32 + BAND * words);
-    step(k, b, v);
+    I b[BAND], up[BAND], down[BAND];
+    for (int r = 0; r < BAND; r++) {
+      if (scaled && k >= one[r].until) one[r].next();
+      if (mode == LEVELS && scaled && k >= low[r].until) low[r].next();
+      b[r] = load_i(base[r] + k), up[r] = scaled ? one[r].words(k) : load_i(up_at[r] + k), down[r] = up[r];
+      if (mode == LEVELS) down[r] = scaled ? low[r].words(k) : load_i(down_at[r] + k);
+      __builtin_prefetch(base[r] + k + ahead);
+      __builtin_prefetch((scaled ? one[r].place(k) : reinterpret_cast<const char*>(up_at[r] + k)) + ahead_one);
+      if (mode == LEVELS) __builtin_prefetch((scaled ? low[r].place(k) : reinterpret_cast<const char*>(down_at[r] + k)) + ahead_low);
+    }
+    for (int r = 0; r < BAND; r++) add_step(r, k, b[r], up[r], down[r]);
   }
-  if (whole < w.K) {
-    I b[BAND], v[BAND];
-    const uint32_t inside = (1u << (w.K - whole)) - 1;
-    for (int r = 0; r < BAND; r++) b[r] = _mm512_maskz_loadu_epi16(inside, base[r] + whole), v[r] = _mm512_maskz_loadu_epi16(inside, shared[r] + whole);
-    step(whole, b, v);
+  for (int r = 0; r < BAND && whole < w.K; r++) {
+    const int64_t count = w.K - whole;
+    if (scaled && whole >= one[r].until) one[r].next();
+    if (mode == LEVELS && scaled && whole >= low[r].until) low[r].next();
+    const I up = one[r].last(whole, count);
+    add_step(r, whole, _mm512_maskz_loadu_epi16((1u << count) - 1, base[r] + whole), up, mode == LEVELS ? low[r].last(whole, count) : up);
   }
   for (int m = 0; m < MR; m++)
     for (int r = 0; r < BAND; r++) held[m][r] = sum[m][r];
@@ -191,7 +168,7 @@ void direct_block(const MaskedDelta& w, const int64_t* rows, const int32_t* task
 inline int64_t direct_end(const MaskedDelta& w, const Batch& batch, int64_t at, int64_t last) {
   while (at < last) {
     const Run run = run_at(w, batch, at, last - at);
-    if (w.one.kind != PLAIN || w.has_low || run.task < 0 || run.count > DIRECT) break;
+    if (!in_words(w) || run.task < 0 || run.count > DIRECT) break;
     at += run.count;
   }
   return at;
@@ -208,10 +185,11 @@ void direct(const MaskedDelta& w, const Batch& batch, int64_t at, int64_t end, i
     bool same = true;
     for (int m = 0; m < MR; m++) tasks[m] = w.task[batch.order[at + m0 + m]], same &= tasks[m] == tasks[0];
     const bool ask = at + m0 == 0 && row + 2 * BAND <= w.N;
-    if (same && w.signs) direct_block<MR, true, true>(w, rows, tasks, here, stride, ask, held + m0);
-    else if (same) direct_block<MR, true, false>(w, rows, tasks, here, stride, ask, held + m0);
-    else if (w.signs) direct_block<MR, false, true>(w, rows, tasks, here, stride, ask, held + m0);
-    else direct_block<MR, false, false>(w, rows, tasks, here, stride, ask, held + m0);
+    by_mode(w, [&](auto mode, auto scaled) {
+      constexpr Mode own = Mode(decltype(mode)::value);
+      if (same) direct_block<MR, true, own, decltype(scaled)::value>(w, rows, tasks, here, stride, ask, held + m0);
+      else direct_block<MR, false, own, decltype(scaled)::value>(w, rows, tasks, here, stride, ask, held + m0);
+    });
   });
 }
 
