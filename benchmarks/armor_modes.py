@@ -77,6 +77,15 @@ def measure(W: torch.Tensor, h: torch.Tensor, block: int, iters: int) -> dict[st
     return {**row, "fast": _armor.relative_loss(quick, bar, h), "fast_seconds": round(quick_seconds, 1)}
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """The ranges of the last two columns, in a sentence."""
+    losses = [r["fast"] / r["paper"] for r in rows]
+    times = [r["paper_seconds"] / r["fast_seconds"] for r in rows]
+    return (
+        f"Over all {len(rows)}: {min(losses):.2f} to {max(losses):.2f} of the loss in 1/{min(times):.0f} to 1/{max(times):.0f} of the time."
+    )
+
+
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """The rows as a table in Markdown."""
     lines = ["| | b_out, b_in | NoWag-P | paper (iterations) | CPU s | fast | CPU s | loss | time |", "| --- |" + " --- |" * 8]

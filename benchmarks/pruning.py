@@ -171,7 +171,8 @@ def render(rows: list[dict[str, Any]]) -> str:
         lines += [
             "## ARMOR's modes, one matrix at a time", "",
             "Losses relative to a matrix of zeros, 2:4, at most 20,000 iterations of paper mode; `loss` is fast / paper,",
-            "`time` the share of the paper mode's CPU seconds. `benchmarks/armor_modes.py`.", "", *armor_modes.table(modes), "",
+            "`time` the share of the paper mode's CPU seconds. `benchmarks/armor_modes.py`. " + armor_modes.summary(modes), "",
+            *armor_modes.table(modes), "",
         ]  # fmt: skip
     return "\n".join(lines)
 
