@@ -81,9 +81,8 @@ def summary(rows: list[dict[str, Any]]) -> str:
     """The ranges of the last two columns, in a sentence."""
     losses = [r["fast"] / r["paper"] for r in rows]
     times = [r["paper_seconds"] / r["fast_seconds"] for r in rows]
-    return (
-        f"Over all {len(rows)}: {min(losses):.2f} to {max(losses):.2f} of the loss in 1/{min(times):.0f} to 1/{max(times):.0f} of the time."
-    )
+    loss, time = f"{min(losses):.2f} to {max(losses):.2f}", f"1/{min(times):.0f} to 1/{max(times):.0f}"
+    return f"Over all {len(rows)}: {loss} of the loss in {time} of the time."
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
