@@ -55,8 +55,8 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "armor --block 32": ("armor", {"block": 32}),
     "armor --block 32 --restarts 3 --recover 10": ("armor", {"block": 32, "restarts": 3, "propagate": True, "recover": 10}),
     "armor": ("armor", {}),
-    "armor --mode paper --iters 500": ("armor", {"mode": "paper", "iters": 500}),
-    "armor --mode paper": ("armor", {"mode": "paper"}),
+    "armor --mode paper --iters 500 --block 32": ("armor", {"mode": "paper", "iters": 500, "block": 32}),
+    "armor --mode paper --block 32": ("armor", {"mode": "paper", "block": 32}),
     "armor --quality --block 32": ("armor", {"quality": True, "block": 32}),
 }
 
