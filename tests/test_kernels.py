@@ -204,6 +204,7 @@ def test_the_package_imports_torch_and_itself_only() -> None:
         "subprocess",
         "tempfile",
         "threading",
+        "time",
         "triton",
         "types",
         "typing",
