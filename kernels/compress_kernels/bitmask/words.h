@@ -40,7 +40,7 @@ template <int MR> inline void multiply(__m512i words, const uint16_t* x, int64_t
   for (int m = 0; m < MR; m++) acc[m] = _mm512_dpbf16_ps(acc[m], (__m512bh)words, (__m512bh)load_i(x + m * stride));
 }
 
-constexpr int FEW = 4, MANY = 12;                       // rows of x: from which on W is expanded, and x lies in panels
+constexpr int FEW = 4, MANY = 17;                       // rows of x: from which on W is expanded, and x lies in panels
 constexpr int PIECE = 2048, BAND = 4, BLOCK = 6;       // columns and rows of W that are expanded together; rows of x multiplied with
 
 // R rows of W from `row` on, those beyond the last one being the last one again
