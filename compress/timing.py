@@ -72,18 +72,19 @@ def kernels(
     """Time every kind on every shape and number of rows; yields a row as soon as it is measured."""
     for given, known, what in ((kinds, list(SUBJECTS), "kind"), (shapes, list(SHAPES), "shape")):
         for name in given:
-            if name not in known and not (what == "shape" and _shape(name)):
+            if name not in known and not (what == "shape" and parsed_shape(name)):
                 hint = f"there are {', '.join(known)}; {nearest(name, known)}"
                 raise CompressError(f"{name!r} is no {what}", hint=hint, usage=True)
     read = bandwidth()
     for label in shapes or SHAPES:
-        O, I = SHAPES.get(label) or _shape(label) or (0, 0)
+        O, I = SHAPES.get(label) or parsed_shape(label) or (0, 0)
         if I % 64:
             raise CompressError(f"{label}: {I} inputs cannot be split into groups of 64", hint="use another shape", usage=True)
         yield from _shape_rows(kinds or list(SUBJECTS), O, I, rows, read, seconds)
 
 
-def _shape(text: str) -> tuple[int, int] | None:
+def parsed_shape(text: str) -> tuple[int, int] | None:
+    """(O, I) of a text OUTxIN; None where it is no such text."""
     parts = text.split("x")
     return (int(parts[0]), int(parts[1])) if len(parts) == 2 and all(p.isdigit() and int(p) for p in parts) else None
 

@@ -100,12 +100,13 @@ def test_panels_of_many_rows_of_x_agree_with_fp64_and_with_any_batch() -> None:
         else:
             weight = masked.prepare(kept, randn(O, I, dtype=BF16)[kept.bool()])
         W = masked.linear(torch.eye(I), weight).double().T  # exact products with ones
-        for M in (17, 40, 64, 300):
+        for M in (12, 17, 40, 64, 300):
             x = randn(M, I, dtype=BF16, seed=M)
             y = masked.linear(x, weight)
             assert relative(y, x.double() @ W.T) < 2 * ROUNDING[BF16], (O, I, M)
             if masked.in_panels(x, weight):
-                assert torch.equal(y[-17:], masked.linear(x[-17:], weight))
+                some = min(M, 17)  # fewer take another way, with another order of sums
+                assert torch.equal(y[-some:], masked.linear(x[-some:], weight))
                 threads = torch.get_num_threads()
                 try:
                     torch.set_num_threads(2)

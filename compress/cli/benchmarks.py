@@ -157,7 +157,7 @@ def _tune_gpu(device: str, kinds: list[str], shapes: list[str], group: int, as_j
         raise CompressError(f"--group-size {group} has no kernel on a GPU", hint="use 32, 64, 128 or -1", usage=True)
     found = []
     for text in shapes:
-        shape = timing._shape(text)
+        shape = timing.parsed_shape(text)
         if shape is None:
             raise CompressError(f"{text!r} is no shape", hint="--shapes 4096x4096,6144x4096", usage=True)
         found.append(shape)

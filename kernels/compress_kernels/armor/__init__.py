@@ -64,7 +64,7 @@ def prepare(
 def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., I) times Wᵀ plus bias -> (..., O) in x's dtype."""
     p = prepared
-    if p.native is not None and x.numel() <= min(masked.ROWS_OF_X * x.shape[-1], masked.NEAR):
+    if p.native is not None and masked.few(x):
         y = cpu.linear(x, p.native)
         return y if bias is None else y + bias
     y = reference.CORES[p.kind].linear(reference.blocks(x, p.pre), p.core)

@@ -13,18 +13,6 @@ inline int64_t mask_bytes(const Masked& w) { return (w.K + 31) / 32 * 4; }
 
 #if CC_ISA == 3
 
-// What a code less its zero point is, in bf16, for every zero point of 4 bits
-struct Tables {
-  alignas(64) uint16_t at[16][32];
-  constexpr Tables() : at() {
-    constexpr uint16_t SIZE[16] = {0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
-                                   0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
-    for (int z = 0; z < 16; z++)
-      for (int q = 0; q < 32; q++) at[z][q] = q % 16 >= z ? SIZE[q % 16 - z] : uint16_t(0x8000 | SIZE[z - q % 16]);
-  }
-};
-constexpr Tables TABLES;
-
 inline uint32_t word_at(const uint8_t* mask, int64_t k) {
   uint32_t word;
   __builtin_memcpy(&word, mask + k / 8, 4);
@@ -40,7 +28,7 @@ template <int MR> inline void multiply(__m512i words, const uint16_t* x, int64_t
   for (int m = 0; m < MR; m++) acc[m] = _mm512_dpbf16_ps(acc[m], (__m512bh)words, (__m512bh)load_i(x + m * stride));
 }
 
-constexpr int FEW = 4, MANY = 17;                       // rows of x: from which on W is expanded, and x lies in panels
+constexpr int FEW = 4, MANY = PANEL + 1;                // rows of x: from which on W is expanded, and x lies in panels
 constexpr int PIECE = 2048, BAND = 4, BLOCK = 6;       // columns and rows of W that are expanded together; rows of x multiplied with
 
 // R rows of W from `row` on, those beyond the last one being the last one again

@@ -17,17 +17,6 @@ inline int64_t row_bytes(const SharedVector& s, int64_t K) {
 
 #if CC_ISA == 3
 
-// What a code of 4 bits is less a zero of 8, and less none, in bf16
-struct Tables {
-  alignas(64) uint16_t at[2][32];
-  constexpr Tables() : at() {
-    constexpr uint16_t SIZE[16] = {0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
-                                   0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
-    for (int q = 0; q < 32; q++) at[0][q] = SIZE[q % 16], at[1][q] = q % 16 >= 8 ? SIZE[q % 16 - 8] : uint16_t(0x8000 | SIZE[8 - q % 16]);
-  }
-};
-constexpr Tables TABLES;
-
 struct Line {  // a row of shared numbers
   const char* at;
   const uint16_t* scales;
@@ -57,7 +46,7 @@ struct Line {  // a row of shared numbers
       const __m128i packed = _mm_loadu_si128((const __m128i*)p), low = _mm_set1_epi8(15);
       const __m128i even = _mm_and_si128(packed, low), odd = _mm_and_si128(_mm_srli_epi16(packed, 4), low);
       const __m256i bytes = _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
-      return _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(bytes), load_i(TABLES.at[zero == 8]));
+      return _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(bytes), load_i(TABLES.at[zero == 8 ? 8 : 0]));
     }
     const uint8_t* bytes = reinterpret_cast<const uint8_t*>(p);
     const F a = to_f(sub_i(widen_u8(bytes), set_i(zero))), b = to_f(sub_i(widen_u8(bytes + 16), set_i(zero)));

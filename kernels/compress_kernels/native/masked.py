@@ -112,9 +112,14 @@ def in_panels(x: torch.Tensor, w: Weight) -> bool:
     return x.dtype == torch.bfloat16 and fits and native.isa() == native.ISAS.index("avx512-bf16")
 
 
+def few(x: torch.Tensor) -> bool:
+    """Whether the library is faster than expanded tiles for the BLAS, also without panels."""
+    return x.numel() <= min(ROWS_OF_X * x.shape[-1], NEAR)
+
+
 def serves(x: torch.Tensor, w: Weight) -> bool:
     """Whether the library multiplies x (..., I) itself."""
-    return x.numel() <= min(ROWS_OF_X * x.shape[-1], NEAR) or in_panels(x, w)
+    return few(x) or in_panels(x, w)
 
 
 def panel_bytes(M: int, K: int) -> int:

@@ -26,6 +26,18 @@ struct Ahead {  // lines of memory to ask for, a few at a time
 
 #if CC_ISA == 3
 
+// What a code less its zero point is, in bf16, for every zero point of 4 bits
+struct Tables {
+  alignas(64) uint16_t at[16][32];
+  constexpr Tables() : at() {
+    constexpr uint16_t SIZE[16] = {0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+                                   0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
+    for (int z = 0; z < 16; z++)
+      for (int q = 0; q < 32; q++) at[z][q] = q % 16 >= z ? SIZE[q % 16 - z] : uint16_t(0x8000 | SIZE[z - q % 16]);
+  }
+};
+constexpr Tables TABLES;
+
 constexpr int64_t PANEL = 16, PANELS = 18;  // rows of x in a panel; panels that are multiplied together, for pieces of x to stay in the cache
 template <int R> constexpr int64_t WIDTH = 8192 / R;          // columns of a piece of R rows of W,
 template <int R> constexpr int64_t PITCH = WIDTH<R> + 32;     // and from one of its rows to the next
